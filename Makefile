@@ -1,0 +1,32 @@
+# make demo   set up, then the quickstart: SFT -> preference pairs -> H-DPO -> before/after table
+# make test   set up, then every test that needs no GPU
+# make check  set up, then ruff and mypy
+# make bench  set up, then the benchmarks of this machine
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: setup demo test check bench
+setup: $(READY)
+
+# torch first and pinned exactly: resolved together with the rest, pip may download several builds of it.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt $(shell grep -h '^torch==' constraints.txt)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train,peft,bench,dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/hdpo-train
+
+test: setup
+	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m benchmarks $(ARGS)
