@@ -1,0 +1,68 @@
+"""How rows are cut into chunks: pure Python, no tensors.
+
+A chunk is a run of pairs whose loss becomes known together, made of pieces: the row ranges on which the gradient GEMMs
+run. Either it holds several whole pairs in one piece, or it is one pair too long for that, each of its two sequences
+cut into pieces. No piece has more than `max_rows` rows, so memory is bounded at any length.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Piece(NamedTuple):
+    start: int  # rows start … end
+    end: int
+    sequence: int  # the sequence it ends in
+
+
+class Chunk(NamedTuple):
+    first_pair: int  # pairs first_pair … last_pair - 1
+    last_pair: int
+    pieces: tuple[Piece, ...]
+
+
+def plan_chunks(cu_seqlens: Sequence[int], max_rows: int) -> list[Chunk]:
+    """Chunks that cover every row once, pairs of more than `max_rows` rows first.
+
+    Long pairs come first because the first of them may gather its unscaled weight gradient in the still empty
+    d_weight: one pair of any length then needs no second buffer of V × H.
+    """
+    num_pairs = (len(cu_seqlens) - 1) // 2
+    rows = [cu_seqlens[2 * p + 2] - cu_seqlens[2 * p] for p in range(num_pairs)]
+    long = [Chunk(p, p + 1, _cut_pair(cu_seqlens, p, max_rows)) for p in range(num_pairs) if rows[p] > max_rows]
+    whole: list[Chunk] = []
+    first = 0
+    for p in range(num_pairs + 1):
+        # A run of whole pairs ends at the end, before a long pair, and where the next pair does not fit any more.
+        if p == num_pairs or cu_seqlens[2 * p + 2] - cu_seqlens[2 * first] > max_rows:
+            if p > first:
+                start, end = cu_seqlens[2 * first], cu_seqlens[2 * p]
+                whole.append(Chunk(first, p, (Piece(start, end, 2 * p - 1),)))
+            first = p + 1 if p < num_pairs and rows[p] > max_rows else p
+    return long + whole
+
+
+def _cut_pair(cu_seqlens: Sequence[int], pair: int, max_rows: int) -> tuple[Piece, ...]:
+    pieces = []
+    for sequence in (2 * pair, 2 * pair + 1):
+        start, end = cu_seqlens[sequence], cu_seqlens[sequence + 1]
+        count = -(-(end - start) // max_rows)
+        # Pieces of equal size: a small last one would pay a whole pass over d_weight for a few rows.
+        cuts = [start + (end - start) * i // count for i in range(count + 1)]
+        pieces += [Piece(a, b, sequence) for a, b in itertools.pairwise(cuts)]
+    return tuple(pieces)
+
+
+def rows_for(chunk_bytes: int, vocab: int, logit_bytes: int, grad_bytes: int | None) -> tuple[int, int]:
+    """(rows of gradient per piece, rows of logits per tile) whose buffers together fit chunk_bytes.
+
+    logit_bytes, grad_bytes: bytes of one number (None: no gradient wanted). With equal sizes the gradient overwrites
+    the logits, one buffer serves both. Otherwise the gradient rows get three quarters of the bytes: every piece costs
+    one pass over d_weight, however few rows it has, while the logits only need rows enough to fill a GEMM.
+    """
+    if grad_bytes in (None, logit_bytes):
+        rows = max(1, chunk_bytes // (vocab * logit_bytes))
+        return rows, rows
+    piece = max(1, chunk_bytes * 3 // 4 // (vocab * grad_bytes))
+    return piece, min(piece, max(1, chunk_bytes // 4 // (vocab * logit_bytes)))

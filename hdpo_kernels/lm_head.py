@@ -1,0 +1,135 @@
+"""A piece of rows through the LM head: logits → log-probs, entropies, gradient rows; and the head's weight gradient.
+
+The gradient rows are *unscaled*, g_t = ∂logp_t/∂logits_t = (onehot − p) · chain. A loss that is a function of
+log-probabilities scales row t by one number c_t, which may be known long after the logits are gone, and is applied on
+the thin side of each GEMM:
+
+    d_hidden_t = c_t · (g_t W)            d_weight = Σ_t g_tᵀ (c_t h_t)            d_bias = Σ_t c_t g_t
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hdpo_kernels.chunks import rows_for
+from hdpo_kernels.gemm import addmm_into, mm_into
+from hdpo_kernels.naive import IGNORE_INDEX
+from hdpo_kernels.rows import backend
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    chunk_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.softcap is not None and not 0 < self.softcap < float("inf"):
+            raise ValueError(f"softcap must be a positive number or None, got {self.softcap}")
+        if not 0 < abs(self.logit_scale) < float("inf"):
+            raise ValueError(f"logit_scale must be a finite number other than zero, got {self.logit_scale}")
+        if self.chunk_bytes is not None and self.chunk_bytes <= 0:
+            raise ValueError(f"chunk_bytes must be positive, or None for the default, got {self.chunk_bytes}")
+
+
+class LMHead:
+    """hidden (N, H) and weight (V, H), of one dtype, with the buffers that its pieces share."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: HeadOptions, with_grad: bool
+    ) -> None:
+        self.hidden, self.weight, self.bias, self.labels = hidden, weight, bias, labels.contiguous()
+        self.options, self.with_grad = options, with_grad
+        num_rows, vocab = hidden.shape[0], weight.shape[0]
+        self.dtype = torch.promote_types(hidden.dtype, torch.float32)
+        self.piece_rows, self.tile_rows = rows_for(
+            options.chunk_bytes or _default_chunk_bytes(hidden.device, vocab),
+            max(vocab, 1),
+            self.dtype.itemsize,
+            hidden.dtype.itemsize if with_grad else None,
+        )
+        self.logp = torch.zeros(num_rows, dtype=self.dtype, device=hidden.device)
+        self.entropy = torch.zeros_like(self.logp)
+        self._logits = hidden.new_empty(min(self.tile_rows, num_rows), vocab, dtype=self.dtype)
+        self._grad = self._logits
+        if with_grad and hidden.dtype != self.dtype:
+            self._grad = hidden.new_empty(min(self.piece_rows, num_rows), vocab)
+
+    def score(self, start: int, end: int) -> Tensor:
+        """Fill logp and entropy of rows start … end; return their gradient rows, valid until the next call."""
+        for first in range(start, end, self.tile_rows):
+            rows = slice(first, min(first + self.tile_rows, end))
+            logits = self._logits[: rows.stop - rows.start]
+            mm_into(logits, self.hidden[rows], self.weight.T)
+            stats = backend(logits).row_stats(
+                logits,
+                self.labels[rows],
+                bias=self.bias,
+                softcap=self.options.softcap,
+                logit_scale=self.options.logit_scale,
+                grad_out=self._grad[first - start : rows.stop - start] if self.with_grad else None,
+            )
+            self.logp[rows], self.entropy[rows] = stats.logp, stats.entropy
+        return self._grad[: end - start]
+
+    def thin(self, start: int, end: int, scale: Tensor) -> Tensor:
+        """scale_t h_t for rows start … end, rows that are not scored zero whatever they hold: 0 · NaN is NaN."""
+        scored = self.labels[start:end] != IGNORE_INDEX
+        scaled = self.hidden[start:end] * scale.unsqueeze(1)
+        return scaled.masked_fill_(~scored.unsqueeze(1), 0).to(self.hidden.dtype)
+
+
+class WeightGrad:
+    """d_weight (V, H) and d_bias (V,), those that are wanted, accumulated in full precision over pieces."""
+
+    def __init__(self, head: LMHead, need_weight: bool, need_bias: bool) -> None:
+        wanted = (head.weight if need_weight else None, head.bias if need_bias else None)
+        self.sums = [None if w is None else w.new_empty(w.shape, dtype=head.dtype) for w in wanted]
+        self.empty = True
+
+    def add(self, head: LMHead, grad: Tensor, start: int, end: int, scale: Tensor, unit: float = 1.0) -> None:
+        """+= Σ_t scale_t g_tᵀ h_t over rows start … end, `grad` being their gradient rows.
+
+        unit: scale is multiplied by it while it is in the inputs' dtype (fp16 ends at 6e-8), and the sum divided by it.
+        """
+        scale, beta = scale * unit, 0.0 if self.empty else 1.0
+        d_weight, d_bias = self.sums
+        if d_weight is not None:
+            addmm_into(d_weight, grad.T, head.thin(start, end, scale), alpha=1 / unit, beta=beta)
+        if d_bias is not None:
+            addmm_into(d_bias.unsqueeze(1), grad.T, scale.unsqueeze(1).to(grad.dtype), alpha=1 / unit, beta=beta)
+        self.empty = False
+
+    def fold(self, other: "WeightGrad", factor: Tensor) -> None:
+        """+= factor · other, factor a scalar on the device."""
+        for mine, theirs in zip(self.sums, other.sums, strict=True):
+            if mine is not None and theirs is not None:
+                torch.mul(theirs, factor, out=mine) if self.empty else mine.addcmul_(theirs, factor)
+        self.empty = False
+
+    def scale(self, factor: Tensor) -> None:
+        for acc in self.sums:
+            if acc is not None:
+                acc.mul_(factor)
+
+    def times(self, factor: Tensor, dtypes: tuple[torch.dtype | None, torch.dtype | None]) -> tuple[Tensor | None, ...]:
+        """factor · (d_weight, d_bias), rounded once to the given dtypes. Consumes the sums."""
+        results: list[Tensor | None] = []
+        for acc, dtype in zip(self.sums, dtypes, strict=True):
+            if acc is None:
+                results.append(None)
+            elif self.empty:
+                results.append(acc.new_zeros(acc.shape, dtype=dtype))
+            else:
+                results.append(
+                    torch.mul(acc, factor, out=acc if acc.dtype == dtype else acc.new_empty(acc.shape, dtype=dtype))
+                )
+        self.sums = []
+        return tuple(results)
+
+
+def _default_chunk_bytes(device: torch.device, vocab: int) -> int:
+    # CPU: 512 rows fill a GEMM, and a pass over d_weight is then some 5% of the piece's GEMMs. Accelerators want
+    # thousands of rows for the same reason (d_weight's traffic), and have the memory.
+    return 512 * 4 * max(vocab, 1) if device.type == "cpu" else 1000 * 2**20

@@ -1,0 +1,89 @@
+"""Row operations with torch alone: CPU, MPS, and fp64 on any device.
+
+n rows, V vocabulary. On a CPU the rows are walked in blocks that stay in the L2 cache, so that a dozen elementwise
+passes cost about as much memory traffic as two.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hdpo_kernels.naive import IGNORE_INDEX
+
+_BLOCK_BYTES = 2 * 2**20  # of logits; as much again is scratch: together the L2 cache of two current CPU cores
+# Probabilities below 2⁻⁸⁰ become zero in the gradient: a denormal number in a GEMM operand, or a denormal product,
+# makes a CPU's GEMM ten times slower, and 2⁻⁸⁰ is 17 orders of magnitude below the rounding of the gradient row itself.
+_FLUSH_BELOW = 2.0**-80
+
+
+class RowStats(NamedTuple):
+    lse: Tensor  # (n,) log-sum-exp of the logits after bias, scale and softcap
+    logp: Tensor  # (n,) label's log-probability; 0 where the label is -100
+    entropy: Tensor  # (n,) nats; 0 where the label is -100
+
+
+def row_stats(
+    logits: Tensor,  # (n, V)
+    labels: Tensor,  # (n,) int64
+    *,
+    bias: Tensor | None = None,  # (V,)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    grad_out: Tensor | None = None,  # (n, V) any dtype, may be logits: receives ∂logp/∂logits, zero rows at label -100
+    overwrite: bool = True,  # the logits may be used as scratch
+) -> RowStats:
+    n, vocab = logits.shape
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    lse, logp, entropy = (torch.empty(n, dtype=dtype, device=logits.device) for _ in range(3))
+    block = n if logits.device.type != "cpu" else max(1, _BLOCK_BYTES // max(1, vocab * dtype.itemsize))
+    scratch = torch.empty(min(block, n), vocab, dtype=dtype, device=logits.device)
+    for start in range(0, n, max(block, 1)):
+        rows = slice(start, min(start + block, n))
+        z = logits[rows].to(dtype, copy=not overwrite)
+        p, y = scratch[: rows.stop - start], labels[rows]
+        if bias is not None:
+            z.add_(bias)
+        if logit_scale != 1.0:
+            z.mul_(logit_scale)
+        tanh = None
+        if softcap is not None:
+            z.div_(softcap).tanh_()
+            tanh = z.clone() if grad_out is not None else None
+            z.mul_(softcap)
+        scored = y != IGNORE_INDEX
+        y = y.masked_fill(~scored, 0).unsqueeze(1)
+
+        top = z.amax(1, keepdim=True)
+        z.sub_(top)
+        torch.exp(z, out=p)
+        total = p.sum(1)
+        log_total = total.log()
+        mean_z = torch.linalg.vecdot(p, z) / total
+        if not mean_z.isfinite().all():  # 0 · −inf from a vocabulary entry switched off by a bias of −inf
+            mean_z = torch.linalg.vecdot(p, z.masked_fill(z == -torch.inf, 0)) / total
+        lse[rows] = log_total + top.squeeze(1)
+        logp[rows] = torch.where(scored, z.gather(1, y).squeeze(1) - log_total, 0)
+        entropy[rows] = torch.where(scored, log_total - mean_z, 0)
+        if grad_out is None:
+            continue
+
+        torch.threshold_(p, _FLUSH_BELOW, 0.0)
+        grad = torch.mul(p, -1 / total.unsqueeze(1), out=z)
+        grad.scatter_add_(1, y, torch.ones_like(y, dtype=dtype))
+        if tanh is not None:
+            grad.addcmul_(grad * tanh, tanh, value=-1)  # · (1 − tanh²), the softcap's derivative
+        if logit_scale != 1.0:
+            grad.mul_(logit_scale)
+        if not scored.all():
+            grad.masked_fill_(~scored.unsqueeze(1), 0)
+        if grad.data_ptr() != grad_out[rows].data_ptr():
+            grad_out[rows] = grad
+    return RowStats(lse, logp, entropy)
+
+
+def sequence_sum(values: Tensor, cu_seqlens: list[int]) -> Tensor:
+    """(N,) -> (S,). One `sum` a sequence: torch's is pairwise, so 64k tokens do not lose digits."""
+    lengths = [end - start for start, end in itertools.pairwise(cu_seqlens)]
+    return torch.stack([part.sum() for part in values.split(lengths)]) if lengths else values.new_zeros(0)

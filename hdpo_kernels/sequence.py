@@ -1,0 +1,42 @@
+"""Sums over the tokens of each sequence."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hdpo_kernels.checks import check_cu_seqlens
+from hdpo_kernels.rows import backend
+
+
+def sequence_sum(values: Tensor, cu_seqlens: Tensor | Sequence[int]) -> Tensor:
+    """Sum of `values` over each sequence; differentiable.
+
+    values (N,) floating, one number a token; cu_seqlens (S + 1,) int, the boundaries 0 = b₀ ≤ b₁ … ≤ b_S = N, a list or
+    a tensor on the CPU (a tensor on another device costs one sync). Returns (S,) in fp32 (fp64 for fp64 values).
+
+    Raises ValueError if values is not one-dimensional or the boundaries do not cover it.
+    """
+    if values.dim() != 1 or not values.is_floating_point():
+        raise ValueError(f"values must be a floating tensor of shape (N,), got {values.dtype} {tuple(values.shape)}")
+    return SequenceSum.apply(values, check_cu_seqlens(cu_seqlens, values.shape[0]))
+
+
+def sequence_of_row(cu_seqlens: list[int], device: torch.device) -> Tensor:
+    """(N,) int64: the sequence each row belongs to. Built on the host, so that no device is asked for a length."""
+    lengths = torch.tensor([end - start for start, end in itertools.pairwise(cu_seqlens)], dtype=torch.int64)
+    return torch.repeat_interleave(lengths).to(device, non_blocking=True)
+
+
+class SequenceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: Tensor, cu_seqlens: list[int]) -> Tensor:
+        ctx.cu_seqlens, ctx.dtype = cu_seqlens, values.dtype
+        if values.element_size() < 4:
+            values = values.float()
+        return backend(values).sequence_sum(values.contiguous(), cu_seqlens)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad[sequence_of_row(ctx.cu_seqlens, grad.device)].to(ctx.dtype), None
