@@ -1,0 +1,147 @@
+"""What a run can be told: HDPOConfig for the trainer, ScriptArguments for what only the command line needs."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from transformers import TrainingArguments
+
+from hdpo_kernels.pair import LOSS_TYPES, PairOptions
+
+
+@dataclass
+class HDPOConfig(TrainingArguments):
+    """`transformers.TrainingArguments` plus the preference loss, its data and its reference.
+
+    Names are TRL's DPOConfig's where both have the option. Differences from TrainingArguments' defaults: learning_rate
+    1e-6, logging_steps 10, bf16 where a CUDA device supports it, and a NaN loss is an error instead of being filtered.
+    Batch sizes count pairs. Raises ValueError for options out of range.
+    """
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate of the optimizer."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Mixed precision in bfloat16. Default: yes on a CUDA device that supports it, else fp32."},
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Has no effect: the collator picks columns."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Keep False: a NaN loss stops the run."})
+
+    alpha: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the policy's log-probs. < 1 sharpens (less entropy), 1 is DPO, > 1 diversifies."},
+    )
+    beta: float = field(default=0.1, metadata={"help": "Pull to the reference: higher stays closer."})
+    loss_type: str = field(
+        default="sigmoid",
+        metadata={"help": "sigmoid (DPO / H-DPO), hinge (SLiC) or ipo (length-normalised).", "choices": LOSS_TYPES},
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "Probability that a preference label is flipped, in [0, 0.5)."}
+    )
+    nll_weight: float = field(
+        default=0.0, metadata={"help": "Adds this times the chosen responses' mean NLL per token (RPO)."}
+    )
+    max_length: int | None = field(
+        default=1024,
+        metadata={"help": "Most tokens of prompt + completion; the end is cut. None: no cut."},
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Most tokens of a prompt; its beginning is cut. None: no cut."}
+    )
+    on_bad_record: str = field(
+        default="stop",
+        metadata={
+            "help": "What to do with records that cannot be trained on (empty, identical, truncated away): 'stop' "
+            "with a list of line numbers, or 'drop' them and go on.",
+            "choices": ["stop", "drop"],
+        },
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes for tokenizing."})
+    precompute_ref_batch_size: int | None = field(
+        default=None, metadata={"help": "Pairs per batch of the reference pass. Default: the training batch size."}
+    )
+    ref_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of cached reference log-probs. Default: hdpo_reference in the Hugging Face cache."},
+    )
+    disable_dropout: bool = field(
+        default=True,
+        metadata={"help": "Set every dropout to zero, so that the policy starts equal to its reference."},
+    )
+    chunk_bytes: int | None = field(
+        default=None, metadata={"help": "Most bytes of logits and their gradient at a time. Default: by device."}
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keywords of from_pretrained for a model given by name (JSON on the CLI)."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Delete the other run that output_dir holds instead of refusing to start."}
+    )
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            cuda = torch.cuda.is_available() and not self.use_cpu
+            self.bf16 = cuda and not self.fp16 and torch.cuda.is_bf16_supported()
+        super().__post_init__()
+        self.pair_options  # noqa: B018 - raises for values out of range
+        if self.on_bad_record not in ("stop", "drop"):
+            raise ValueError(f"on_bad_record must be 'stop' or 'drop', got {self.on_bad_record!r}")
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor smooths token labels; for flipped preferences use label_smoothing")
+        for name in ("max_length", "max_prompt_length", "chunk_bytes", "precompute_ref_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive or None, got {value}")
+
+    @property
+    def pair_options(self) -> PairOptions:
+        return PairOptions(self.alpha, self.beta, self.loss_type, self.label_smoothing, self.nll_weight)
+
+    def loss_kwargs(self) -> dict[str, Any]:
+        """Keywords of `hdpo_kernels.linear_hdpo_loss`."""
+        return {
+            "alpha": self.alpha,
+            "beta": self.beta,
+            "loss_type": self.loss_type,
+            "label_smoothing": self.label_smoothing,
+            "nll_weight": self.nll_weight,
+            "chunk_bytes": self.chunk_bytes,
+        }
+
+
+@dataclass
+class ScriptArguments:
+    """The model and the data of a run started from the command line."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Policy and reference: a local folder or a hub id. Without it: the quickstart."}
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Preference pairs: a JSONL or Parquet file, a folder of them, or a hub id."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a hub data set."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on. Default: none."})
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "A file or hub id to evaluate on instead."})
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "dtype of the weights. float32 with bf16 autocast is the safe choice: at learning rates of 1e-6, "
+            "bfloat16 weights round most updates away.",
+            "choices": ["float32", "bfloat16", "float16", "auto"],
+        },
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2 …"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that comes with the model."})
+    use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters; the base model is the reference."})
+    lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA scale."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules that get an adapter. Default: all linear layers but the head."}
+    )

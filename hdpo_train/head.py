@@ -1,0 +1,158 @@
+"""The only file that knows the inside of a transformers model: backbone → hidden states, LM head, softcap, scale.
+
+The loss is computed inside the root model's forward, and there inside the LM head module's call, so that whatever
+hooks on these calls (DDP's reducer, FSDP's and ZeRO-3's gathering of sharded weights, accelerate's autocast) sees it.
+"""
+
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hdpo_kernels import HDPOLoss, linear_hdpo_loss
+
+_BACKBONE_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+class UnsupportedHead(ValueError):
+    """The model's head is not softcap(scale · (h Wᵀ + b))."""
+
+
+class HeadTransform(NamedTuple):
+    """logits = softcap · tanh(logit_scale · (h Wᵀ + b) / softcap)"""
+
+    softcap: float | None
+    logit_scale: float
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        logits = logits * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+class PairBatch(NamedTuple):
+    """What the loss needs beside the backbone's inputs; see `data.PairCollator`."""
+
+    rows: Tensor  # (N,) positions in the flattened (2P · T) whose hidden state predicts a completion token
+    labels: Tensor  # (N,) those tokens
+    cu_seqlens: list[int]  # 2P + 1 boundaries in N
+    ref_logps: Tensor | None  # (2P,)
+
+
+def attach_loss(model: PreTrainedModel, loss_kwargs: dict[str, Any]) -> None:
+    """Teach `model(input_ids=…, attention_mask=…, pairs=PairBatch)` to return an HDPOLoss; without pairs as before.
+
+    `model` is the bare transformers model (inside any peft wrapper), before it is wrapped for distributed training.
+    loss_kwargs: keywords of `linear_hdpo_loss`.
+    Raises UnsupportedHead, with the model's name and the reason, if its head cannot be represented.
+    """
+    head_of(model)  # refuse early
+    transform = find_transform(model)
+    original: Callable[..., Any] = model.forward
+
+    def forward(self: PreTrainedModel, *args: Any, pairs: PairBatch | None = None, **kwargs: Any) -> Any:
+        if pairs is None:
+            return original(*args, **kwargs)
+        backbone_inputs = {
+            name: kwargs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in kwargs
+        }
+        hidden = self.base_model(**backbone_inputs, use_cache=False).last_hidden_state  # (2P, T, H)
+        scored = hidden.flatten(0, 1).index_select(0, pairs.rows.to(hidden.device))  # (N, H)
+        return _call_head(head_of(self), scored, pairs, transform, loss_kwargs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def head_of(model: PreTrainedModel) -> nn.Linear:
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedHead(f"{name} is an encoder-decoder; a decoder-only causal language model is needed")
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        raise UnsupportedHead(
+            f"{name} is set to add a router loss (output_router_logits=True), which this loss leaves out; "
+            "set it to False in the model's config to train without it"
+        )
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.weight.dim() != 2 or not head.weight.is_floating_point():
+        raise UnsupportedHead(
+            f"the LM head of {name} is a {type(head).__name__}, not a plain nn.Linear; "
+            "leave the head out of LoRA's target_modules and modules_to_save, and unquantized"
+        )
+    return head
+
+
+def find_transform(model: PreTrainedModel) -> HeadTransform:
+    """Softcap and logit scale by the model's config, checked against what its forward does to the head's output.
+
+    The head's output is replaced by a ramp from -60 to 60 on its way out, so that a softcap or a scale is seen in full
+    whatever the model's weights are.
+    """
+    name, config = type(model).__name__, model.config.get_text_config()
+    seen: dict[str, Tensor] = {}
+
+    def ramp(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        seen["hidden"] = args[0].detach()
+        seen["ramp"] = torch.linspace(-60, 60, output.numel(), device=output.device).view_as(output).to(output.dtype)
+        return seen["ramp"]
+
+    training = model.training
+    model.eval()
+    ids = torch.arange(2, device=head_of(model).weight.device).unsqueeze(0)
+    hook = head_of(model).register_forward_hook(ramp)
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits.float()
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    finally:
+        hook.remove()
+        model.train(training)
+    if "hidden" not in seen or seen["hidden"].shape != hidden.shape or not torch.allclose(seen["hidden"], hidden):
+        raise UnsupportedHead(f"{name} changes its hidden states between backbone and head; it cannot be fused")
+    tolerance = {torch.float32: 1e-4, torch.float64: 1e-4}.get(seen["ramp"].dtype, 2e-2)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    for scale in _scales(config):
+        transform = HeadTransform(softcap, scale)
+        expected = transform(seen["ramp"].float())
+        if (logits - expected).abs().max() <= tolerance * expected.abs().max():
+            return transform
+    raise UnsupportedHead(
+        f"{name} does something to its logits that its config's final_logit_softcapping={softcap} and scale "
+        f"{' or '.join(f'{s:g}' for s in _scales(config))} do not explain; its head cannot be fused"
+    )
+
+
+def _scales(config: Any) -> list[float]:
+    """Candidates for the factor on the logits. Families disagree on the name, and on multiplying or dividing."""
+    named = [getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier", "output_multiplier")]
+    scales = [float(value) for value in named if isinstance(value, (int, float))]
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor:
+        scales += [1 / float(divisor), float(divisor)]
+    return scales or [1.0]
+
+
+def _call_head(
+    head: nn.Linear, hidden: Tensor, pairs: PairBatch, transform: HeadTransform, loss_kwargs: dict[str, Any]
+) -> HDPOLoss:
+    """The head module's own __call__ with the loss for its forward: hooks that gather a sharded weight run around it."""
+
+    def loss(hidden: Tensor) -> HDPOLoss:
+        weight, bias = head.weight, head.bias
+        if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(weight.dtype)  # a norm in fp32 above a bf16 head
+        return linear_hdpo_loss(
+            hidden, weight, pairs.labels, pairs.cu_seqlens, pairs.ref_logps,
+            bias=bias, softcap=transform.softcap, logit_scale=transform.logit_scale, **loss_kwargs,
+        )  # fmt: skip
+
+    own = head.__dict__.get("forward")
+    head.forward = loss  # type: ignore[method-assign]
+    try:
+        return head(hidden)
+    finally:
+        if own is None:
+            del head.forward
+        else:
+            head.forward = own  # type: ignore[method-assign]

@@ -1,0 +1,149 @@
+"""Reference log-probabilities: computed once, before training, in the training precision, and cached on disk.
+
+The cache is keyed by everything the numbers depend on: the reference's weights, the token ids (and so tokenizer, chat
+template, data and lengths), precision and attention. A file is written beside its place and moved there when complete,
+and carries a checksum; what does not match is computed again, and said so.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from hdpo_train.data import PairCollator
+from hdpo_train.head import PairBatch
+
+logger = logging.get_logger(__name__)
+COLUMNS = ("ref_chosen_logp", "ref_rejected_logp")
+_FORMAT = "1"  # of the cache file
+
+
+def with_reference(
+    dataset: Dataset,
+    model: nn.Module,
+    *,
+    accelerator: Accelerator,
+    collator: PairCollator,
+    batch_size: int,
+    cache_dir: str | None,
+    name: str,
+    adapter_off: AbstractContextManager,
+) -> Dataset:
+    """The data set with columns ref_chosen_logp and ref_rejected_logp (nats, sums over the completion).
+
+    dataset: prompt_ids, chosen_ids, rejected_ids. model: the reference, taught the loss by `head.attach_loss`; it runs
+    in eval mode under the accelerator's autocast, which is what training runs under. adapter_off: entered around it
+    (peft's disable_adapter). batch_size: pairs. cache_dir None: hdpo_reference in the Hugging Face cache.
+    """
+    if set(COLUMNS) <= set(dataset.column_names):
+        return dataset
+    with adapter_off:
+        key = cache_key(dataset, model, accelerator.mixed_precision)
+        path = Path(cache_dir or Path(HF_HOME) / "hdpo_reference").expanduser() / f"{key[:32]}.safetensors"
+        logps = _read(path, key, len(dataset))
+        if accelerator.num_processes > 1:  # all ranks read it, or all compute
+            found = torch.tensor(int(logps is not None), device=accelerator.device)
+            logps = logps if int(accelerator.reduce(found, "sum")) == accelerator.num_processes else None
+        if logps is None:
+            logps = _compute(dataset, model, accelerator, collator, batch_size, name)
+            if accelerator.is_main_process:
+                _write(path, key, logps)
+            accelerator.wait_for_everyone()
+        else:
+            logger.info(f"reference log-probs of the {name} set: read from {path}")
+    for column, values in zip(COLUMNS, logps.T.tolist(), strict=True):
+        dataset = dataset.add_column(column, values)
+    return dataset
+
+
+def cache_key(dataset: Dataset, model: nn.Module, precision: str) -> str:
+    """SHA-256 over weights, token ids, precision and attention implementation."""
+    digest = hashlib.sha256(f"{_FORMAT} {precision} {_attention(model)}".encode())
+    for name, tensor in sorted(_weights(model)):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
+    for batch in dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).iter(batch_size=1000):
+        digest.update(repr(batch).encode())
+    return digest.hexdigest()
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    # Adapters are off while the reference runs; their random initial values must not change the key.
+    return ((n, t) for n, t in model.state_dict().items() if "lora_" not in n and isinstance(t, Tensor))
+
+
+def _attention(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "_attn_implementation", None))
+
+
+@torch.no_grad()
+def _compute(
+    dataset: Dataset, model: nn.Module, accelerator: Accelerator, collator: PairCollator, batch_size: int, name: str
+) -> Tensor:
+    loader = accelerator.prepare_data_loader(DataLoader(dataset, batch_size=batch_size, collate_fn=collator))  # type: ignore[arg-type]
+    training = model.training
+    model.eval()
+    parts = []
+    description = f"Reference log-probs ({name})"
+    for batch in tqdm(loader, desc=description, unit="batch", disable=not accelerator.is_main_process):
+        with accelerator.autocast():
+            logps = model(**model_inputs(batch, accelerator.device)).logps.view(-1, 2)
+        parts.append(accelerator.gather_for_metrics(logps).float().cpu())
+    model.train(training)
+    logps = torch.cat(parts)
+    if len(logps) != len(dataset):
+        raise RuntimeError(f"{len(logps)} reference log-probs for {len(dataset)} pairs of the {name} set")
+    if not logps.isfinite().all():
+        pair = int((~logps.isfinite()).any(1).nonzero()[0])
+        raise FloatingPointError(
+            f"the reference model gives log-probability {logps[pair].tolist()} to pair {pair + 1} of the {name} set; "
+            "check its weights, or train in bf16 or fp32 if this is fp16"
+        )
+    return logps
+
+
+def model_inputs(batch: Mapping, device: torch.device) -> dict:
+    """Keywords of the model's forward for a batch of `PairCollator`."""
+    on_device = {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()
+    }
+    pairs = PairBatch(on_device["rows"], on_device["labels"], on_device["cu_seqlens"], on_device.get("ref_logps"))
+    return {"input_ids": on_device["input_ids"], "attention_mask": on_device["attention_mask"], "pairs": pairs}
+
+
+def _checksum(logps: Tensor) -> str:
+    return hashlib.sha256(logps.contiguous().numpy()).hexdigest()
+
+
+def _write(path: Path, key: str, logps: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    save_file({"logps": logps.contiguous()}, partial, metadata={"key": key, "sha256": _checksum(logps)})
+    os.replace(partial, path)
+
+
+def _read(path: Path, key: str, num_pairs: int) -> Tensor | None:
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, logps = file.metadata() or {}, file.get_tensor("logps")
+    except (SafetensorError, OSError) as error:
+        logger.warning(f"the cached reference log-probs {path} cannot be read ({error}); computing them again")
+        return None
+    if metadata.get("key") != key or metadata.get("sha256") != _checksum(logps) or logps.shape != (num_pairs, 2):
+        logger.warning(f"the cached reference log-probs {path} do not match their checksum; computing them again")
+        return None
+    return logps

@@ -1,0 +1,94 @@
+"""What a run leaves to look at: metrics.jsonl while it goes, report.png at its end."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+METRICS_FILE, REPORT_FILE = "metrics.jsonl", "report.png"
+
+
+class RunReport(TrainerCallback):
+    """Appends every log line to metrics.jsonl (its first line: what the run starts from), and draws report.png."""
+
+    def __init__(self, start: dict[str, Any]) -> None:
+        self.start = start
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        # A resumed run goes on from its checkpoint: lines logged after it belong to steps that are done again.
+        lines = [line for line in read_metrics(args.output_dir) if 0 < line["step"] <= state.global_step]
+        write_metrics(args.output_dir, [{"step": 0, **self.start}, *lines])
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            with open(Path(args.output_dir) / METRICS_FILE, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            draw(args.output_dir)
+
+
+def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
+    path = Path(output_dir) / METRICS_FILE
+    if not path.exists():
+        return []
+    lines = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:  # the last line of a run that was killed while writing it
+            if number < len(path.read_text(encoding="utf-8").splitlines()):
+                raise ValueError(f"{path}, line {number} is not JSON: {line[:80]!r}") from None
+    return lines
+
+
+def write_metrics(output_dir: str | Path, lines: list[dict[str, Any]]) -> None:
+    path = Path(output_dir) / METRICS_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def draw(output_dir: str | Path) -> Path:
+    """report.png from metrics.jsonl: loss, rewards and margins, accuracy, entropy over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    start, *lines = read_metrics(output_dir)
+    panels = {
+        "Loss": ["loss"],
+        "Rewards, nats × β": ["rewards/chosen", "rewards/rejected", "rewards/margins"],
+        "Reward accuracy": ["rewards/accuracies"],
+        "Entropy, nats per token": ["entropy/chosen", "entropy/rejected"],
+    }
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True, constrained_layout=True)
+    for axis, (title, keys) in zip(axes.flat, panels.items(), strict=True):
+        for key in keys:
+            for prefix, style in (("", "-"), ("eval_", "o--")):
+                points = [(line["step"], line[prefix + key]) for line in lines if prefix + key in line]
+                if points:
+                    label = prefix.replace("_", " ") + key.rsplit("/", 1)[-1]
+                    # a single point is invisible as a line
+                    axis.plot(*zip(*points, strict=True), style + ("o" if len(points) == 1 else ""), label=label)
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(frameon=False)
+    for axis in axes[-1]:
+        axis.set_xlabel("optimizer step")
+    if "alpha" in start:
+        figure.suptitle(
+            f"{start['loss_type']}, α = {start['alpha']:g}, β = {start['beta']:g}, {start['pairs']} pairs; "
+            f"margin before training {start['initial_margin']:+.3f} (α = 1: 0)"
+        )
+    path = Path(output_dir) / REPORT_FILE
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path

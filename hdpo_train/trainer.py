@@ -1,0 +1,317 @@
+"""HDPOTrainer: transformers.Trainer with the H-DPO loss, packed batches and a reference that is never in memory."""
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
+from transformers.utils import logging
+
+from hdpo_kernels import HDPOLoss
+from hdpo_train.config import HDPOConfig
+from hdpo_train.data import PairCollator, tokenize_pairs
+from hdpo_train.head import attach_loss, head_of
+from hdpo_train.output_dir import checkpoint_to_resume, claim_output_dir
+from hdpo_train.reference import COLUMNS, model_inputs, with_reference
+from hdpo_train.report import RunReport
+
+logger = logging.get_logger(__name__)
+
+
+class HDPOTrainer(Trainer):
+    """Trains a causal language model on preference pairs with the H-DPO loss (arXiv 2411.07595).
+
+    The constructor, data set columns and metric names are those of TRL's DPOTrainer.
+
+    model: an AutoModelForCausalLM, a peft model, or a name (local folder or hub id; loaded with
+        args.model_init_kwargs, in fp32 unless they say otherwise).
+    ref_model: the reference policy; default: the policy as it is now (for a peft_config: without the adapter). Its
+        log-probabilities of both data sets are computed here, once, and it is not kept.
+    args: HDPOConfig. train_dataset, eval_dataset (or a dict of them): columns prompt / chosen / rejected, standard or
+        conversational, or chosen / rejected with a common beginning. processing_class: the tokenizer (loaded by the
+        model's name if not given). peft_config: train an adapter. callbacks, optimizers: as in Trainer.
+
+    Metrics: rewards/chosen, rewards/rejected (α-weighted, β(αℓ − ρ)), rewards/accuracies, rewards/margins,
+    rewards/initial_margins ((α − 1)β(ρ_w − ρ_l): the margin of an untrained policy), logps/chosen, logps/rejected,
+    entropy, entropy/chosen, entropy/rejected (nats per completion token), num_tokens.
+
+    Raises ValueError for a head that cannot be represented, data that cannot be trained on, and options out of range.
+    """
+
+    args: HDPOConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str,
+        ref_model: PreTrainedModel | nn.Module | None = None,
+        args: HDPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        **trainer_kwargs: Any,
+    ) -> None:
+        args = HDPOConfig(output_dir="hdpo-output") if args is None else args
+        if not isinstance(args, HDPOConfig):
+            raise TypeError(f"args must be an HDPOConfig, got {type(args).__name__}")
+        if train_dataset is None and eval_dataset is None:
+            raise ValueError("neither train_dataset nor eval_dataset given")
+        name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+        if isinstance(model, str):
+            model = load_model(model, args.model_init_kwargs)
+        tokenizer = processing_class if processing_class is not None else load_tokenizer(name)
+
+        fresh_adapter = peft_config is not None
+        if fresh_adapter:
+            model = _add_adapter(model, peft_config)
+        if ref_model is model:
+            raise ValueError("ref_model is the model itself; leave it out to use the policy as it is now as reference")
+        loss_kwargs = args.loss_kwargs()
+        policies = [model] if ref_model is None else [model, ref_model]
+        vocab = min(head_of(bare(policy)).weight.shape[0] for policy in policies)
+        if args.disable_dropout:
+            for policy in policies:
+                _disable_dropout(policy)
+
+        def prepare(dataset: Dataset, name: str) -> Dataset:
+            dataset = tokenize_pairs(
+                dataset,
+                tokenizer,
+                max_length=args.max_length,
+                max_prompt_length=args.max_prompt_length,
+                on_bad_record=args.on_bad_record,  # type: ignore[arg-type]
+                num_proc=args.dataset_num_proc,
+                name=name,
+            )
+            _check_vocabulary(dataset, vocab, name)
+            return dataset
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=PairCollator(_pad_token_id(tokenizer)),
+            train_dataset=None if train_dataset is None else prepare(train_dataset, "train"),
+            eval_dataset=_map_datasets(eval_dataset, lambda dataset, name: prepare(dataset, name)),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            **trainer_kwargs,
+        )
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch's pairs
+        self.loss_is_scaled_for_ga = False
+
+        for policy in policies:
+            if policy is not self.model and self.place_model_on_device:
+                policy.to(args.device)
+            attach_loss(bare(policy), loss_kwargs)
+        self._reference = ref_model
+        self._adapter_off = (
+            self.model.disable_adapter if fresh_adapter and ref_model is None else contextlib.nullcontext
+        )
+        if self.train_dataset is not None:
+            self.train_dataset = self._with_reference(self.train_dataset, "train")
+        self.eval_dataset = _map_datasets(self.eval_dataset, self._with_reference)
+        self._reference = None
+
+        self._sums: dict[str, list[Tensor]] = defaultdict(list)  # per mode: one vector per batch, see _SUMS
+        if self.train_dataset is not None:
+            self.add_callback(RunReport(self._start()))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train; resume_from_checkpoint: a checkpoint folder, or True for the last one in output_dir.
+
+        Raises FileExistsError if output_dir holds another run and this one does not resume it, and ValueError, naming
+        the file, if the checkpoint is not whole.
+        """
+        if resume_from_checkpoint:
+            resume_from_checkpoint = checkpoint_to_resume(self.args.output_dir, resume_from_checkpoint)
+        elif self.is_world_process_zero():
+            claim_output_dir(self.args.output_dir, self.args.overwrite_output_dir)
+        self.accelerator.wait_for_everyone()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        result: HDPOLoss = model(**model_inputs(inputs, self.accelerator.device))
+        mode = "train" if model.training else "eval"
+        if mode == "train":
+            self._num_tokens += int(sum(inputs["num_tokens"])) if "num_tokens" in inputs else 0
+        self._sums[mode].append(
+            self._batch_sums(result, inputs["cu_seqlens"], inputs["ref_logps"].to(result.logps.device))
+        )
+        return (result.loss, result) if return_outputs else result.loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
+        prefix = next((key[: -len("loss")] for key in logs if mode == "eval" and key.endswith("_loss")), "")
+        if self._sums[mode]:
+            metrics = self._metrics(mode)
+            if mode == "eval":
+                logs[f"{prefix}loss"] = metrics.pop("loss")  # weighted by pairs, whatever the batches' sizes
+            else:
+                metrics.pop("loss")
+            logs.update({f"{prefix}{key}": value for key, value in metrics.items()})
+        super().log(logs, start_time)
+        if "loss" in logs and not torch.isfinite(torch.tensor(logs["loss"])):
+            raise FloatingPointError(
+                f"the loss is {logs['loss']} at step {self.state.global_step}: lower learning_rate, or train in bf16 "
+                "or fp32 if this is fp16; a NaN at the first step means that the model or its weights produce it"
+            )
+
+    # What is plotted, as sums over a batch that are kept on the device and divided once per log.
+    _SUMS = (
+        "pairs", "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+        "rewards/initial_margins", "logps/chosen", "logps/rejected",
+        "tokens/chosen", "tokens/rejected", "entropy/chosen", "entropy/rejected", "num_tokens",
+    )  # fmt: skip
+
+    def _batch_sums(self, result: HDPOLoss, inputs: dict[str, Any]) -> Tensor:
+        assert result.entropy is not None
+        cu_seqlens, ref_logps = inputs["cu_seqlens"], inputs["ref_logps"].to(result.logps.device)
+        lengths = torch.tensor([end - start for start, end in pairwise(cu_seqlens)], dtype=torch.float32)
+        lengths = lengths.to(result.logps.device, non_blocking=True)
+        nats = result.entropy * lengths
+        initial = (self.args.alpha - 1) * self.args.beta * (ref_logps[0::2] - ref_logps[1::2])
+        per_pair = (
+            torch.ones_like(result.margins), result.loss.detach().expand_as(result.margins),
+            result.chosen_rewards, result.rejected_rewards, (result.margins > 0).float(), result.margins,
+            initial, result.logps[0::2], result.logps[1::2],
+            lengths[0::2], lengths[1::2], nats[0::2], nats[1::2], inputs["attention_mask"],
+        )  # fmt: skip
+        return torch.stack([values.float().sum() for values in per_pair])
+
+    def _metrics(self, mode: str) -> dict[str, float]:
+        """Means over all pairs (entropies: over all completion tokens) of all processes since the last log."""
+        sums = self.accelerator.reduce(torch.stack(self._sums[mode]).sum(0), "sum")
+        self._sums[mode].clear()
+        total = dict(zip(self._SUMS, sums.tolist(), strict=True))
+        pairs, chosen, rejected = (total.pop(key) for key in ("pairs", "tokens/chosen", "tokens/rejected"))
+        num_tokens = total.pop("num_tokens")
+        entropy = {key: total.pop(key) for key in ("entropy/chosen", "entropy/rejected")}
+        metrics = {key: value / pairs for key, value in total.items()}
+        metrics["entropy"] = sum(entropy.values()) / (chosen + rejected)
+        metrics["entropy/chosen"] = entropy["entropy/chosen"] / chosen
+        metrics["entropy/rejected"] = entropy["entropy/rejected"] / rejected
+        if mode == "train":
+            seen = next((line["num_tokens"] for line in self.state.log_history[::-1] if "num_tokens" in line), 0)
+            metrics["num_tokens"] = seen + num_tokens
+        return metrics
+
+    def _with_reference(self, dataset: Dataset, name: str) -> Dataset:
+        return with_reference(
+            dataset,
+            self.model if self._reference is None else self._reference,
+            accelerator=self.accelerator,
+            collator=self.data_collator,
+            batch_size=self.args.precompute_ref_batch_size or self.args.train_batch_size,
+            cache_dir=self.args.ref_cache_dir,
+            name=name,
+            adapter_off=self._adapter_off(),
+        )
+
+    def _start(self) -> dict[str, Any]:
+        """The first line of metrics.jsonl, and of the log: what the run starts from."""
+        args = self.args
+        chosen, rejected = (torch.tensor(self.train_dataset[column][:]) for column in COLUMNS)
+        margins = (args.alpha - 1) * args.beta * (chosen - rejected)
+        start = {
+            "pairs": len(margins),
+            "alpha": args.alpha,
+            "beta": args.beta,
+            "loss_type": args.loss_type,
+            "initial_margin": margins.mean().item(),
+            "initial_margin_largest": margins.abs().max().item(),
+        }
+        logger.info(
+            f"{len(margins)} pairs; margin before training (α - 1)β(ρ_w - ρ_l): mean {start['initial_margin']:+.3f}, "
+            f"largest {start['initial_margin_largest']:.3f}"
+        )
+        return start
+
+
+def load_model(name: str, init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:
+    """AutoModelForCausalLM.from_pretrained, in fp32 unless init_kwargs say otherwise: at learning rates of preference
+    training, bf16 weights round most updates away."""
+    return AutoModelForCausalLM.from_pretrained(name, **{"dtype": torch.float32, **(init_kwargs or {})})
+
+
+def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name, **kwargs)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"no tokenizer can be loaded from {name!r} ({error}); save one there (tokenizer.save_pretrained), "
+            "or pass it as processing_class"
+        ) from error
+
+
+def bare(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a peft wrapper."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(f"the model must be a transformers PreTrainedModel, got {type(inner).__name__}")
+    return inner
+
+
+def _add_adapter(model: Any, peft_config: Any) -> Any:
+    import peft
+
+    if isinstance(model, peft.PeftModel):
+        raise ValueError("the model has an adapter already; leave peft_config out to train it")
+    if getattr(peft_config, "is_prompt_learning", False):
+        raise ValueError(f"{type(peft_config).__name__} adds virtual tokens to the prompt; use LoRA or another adapter")
+    return peft.get_peft_model(model, peft_config)
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for config in {id(c): c for c in (bare(model).config, bare(model).config.get_text_config())}.values():
+        if getattr(config, "attention_dropout", None):
+            config.attention_dropout = 0.0
+
+
+def _check_vocabulary(dataset: Dataset, vocab: int, name: str) -> None:
+    columns = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).iter(batch_size=1000)
+    top = max(max(ids) for batch in columns for column in batch.values() for ids in column)
+    if top >= vocab:
+        raise ValueError(
+            f"the {name} set has token id {top}, but the model's head has {vocab} entries: "
+            "the tokenizer does not belong to the model, or model.resize_token_embeddings was left out"
+        )
+
+
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return 0 if pad is None else pad  # padding is masked: any id inside the vocabulary will do
+
+
+def _map_datasets(datasets: Any, function: Callable[[Dataset, str], Dataset]) -> Any:
+    if datasets is None:
+        return None
+    if isinstance(datasets, dict):
+        return {name: function(dataset, name) for name, dataset in datasets.items()}
+    return function(datasets, "eval")
