@@ -1,0 +1,700 @@
+"""Token ids and batches: the boundary between prompt and completion, bad records, and which rows are scored."""
+
+import json
+import logging
+import random
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from hdpo_train import data
+from hdpo_train.data import PairCollator, load_records, tokenize_pairs
+
+REAL = Path(__file__).parents[3] / "shared" / "data"
+IDS = ["prompt_ids", "chosen_ids", "rejected_ids"]
+SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+CORPUS = [
+    "Hello world, what is the answer? The answer is 42.",
+    "Question: how many eggs are there?\nAnswer: there are 12 eggs, then 3 more.",
+    "them these there their theme\n\nfoo bar ... and so on: (a) b; c!",
+    "user\nassistant\nsystem\nYou are a helpful assistant.",
+] * 20
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def wrap(backend, **kwargs):
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", **{"bos_token": "<s>", **kwargs}
+    )
+
+
+def with_specials(backend, bos=True, eos=False):
+    single = ["<s>"] * bos + ["$A"] + ["</s>"] * eos
+    ids = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
+    backend.post_processor = processors.TemplateProcessing(single=" ".join(single), special_tokens=ids)
+    return backend
+
+
+def byte_level(corpus=CORPUS, vocab_size=400, prefix=False):
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    return backend
+
+
+def metaspace():
+    """Sentencepiece-like unigram model, a space put before every text."""
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
+    alphabet = sorted(set("".join(CORPUS)) | {"▁"})
+    trainer = trainers.UnigramTrainer(
+        vocab_size=200, special_tokens=SPECIAL, unk_token="<unk>", initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    return backend
+
+
+def llama_2():
+    """BPE over whole texts with a normalizer that puts a space before each, bytes for what it does not know."""
+    pieces = Tokenizer(models.BPE())
+    pieces.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    pieces.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    pieces.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, show_progress=False))
+    model = json.loads(pieces.to_str())["model"]
+    vocab = {**model["vocab"], **{f"<0x{byte:02X}>": len(model["vocab"]) + byte for byte in range(256)}}
+    merges = [tuple(merge) for merge in model["merges"]]
+    backend = Tokenizer(models.BPE(vocab, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    backend.normalizer = pieces.normalizer
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return backend
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    return {
+        "byte-level": wrap(byte_level()),
+        "byte-level, BOS": wrap(with_specials(byte_level())),
+        "byte-level, BOS, EOS": wrap(with_specials(byte_level(), eos=True)),
+        "byte-level, prefix": wrap(byte_level(prefix=True)),
+        "metaspace": wrap(with_specials(metaspace())),
+        "metaspace, BOS, EOS": wrap(with_specials(metaspace(), eos=True)),
+        "llama-2": wrap(with_specials(llama_2())),
+    }
+
+
+KINDS = [
+    "byte-level",
+    "byte-level, BOS",
+    "byte-level, BOS, EOS",
+    "byte-level, prefix",
+    "metaspace",
+    "metaspace, BOS, EOS",
+    "llama-2",
+]
+
+
+@pytest.fixture
+def tokenizer(tokenizers):
+    return tokenizers["byte-level, BOS"]
+
+
+@pytest.fixture
+def chat_tokenizer():
+    return wrap(with_specials(byte_level()), chat_template=CHATML, additional_special_tokens=SPECIAL[3:])
+
+
+@pytest.fixture
+def plain(tokenizers):
+    """Ids of a text, without special tokens."""
+    return lambda text: tokenizers["byte-level"](text)["input_ids"]
+
+
+def pair(prompt, chosen, rejected):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def tokenize(records, tokenizer, **kwargs):
+    return tokenize_pairs(Dataset.from_list(records), tokenizer, **{"max_length": None, **kwargs})
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+# ---- the boundary ---------------------------------------------------------------------------------------------------
+
+BOUNDARIES = [
+    ("Question: how many?\nAnswer:", " there are 12"),
+    ("Question: how many?\nAnswer: ", "there are 12"),
+    ("Hello wor", "ld, the answer"),
+    ("the", "m and so on"),
+    ("the", "se"),
+    ("foo\n", "\nbar"),
+    ("foo\n", "bar"),
+    ("foo  ", "  bar"),
+    ("eggs ..", ". and"),
+    ("the answer is 4", "2."),
+    ("the answer", "!"),
+    ("(", "a) b"),
+    ("a", "b"),
+]
+
+
+def inference_ids(tokenizer, prompt):
+    ids = tokenizer(prompt)["input_ids"]
+    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
+
+
+def assert_exact_boundary(tokenizer, record, row):
+    assert row["prompt_ids"] == inference_ids(tokenizer, record["prompt"])
+    for side in ("chosen", "rejected"):
+        ids = row[f"{side}_ids"]
+        assert ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.eos_token_id not in ids[:-1] and tokenizer.bos_token_id not in ids
+        text = tokenizer.decode(row["prompt_ids"] + ids, skip_special_tokens=True)
+        # a space before the text is the tokenizer's own, and no part of the boundary
+        assert text.removeprefix(" ") == (record["prompt"] + record[side]).removeprefix(" ")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("prompt", "completion"), BOUNDARIES)
+def test_tokenize_pairs_boundary_is_exact(tokenizers, kind, prompt, completion):
+    if "\n" in prompt and "metaspace" in kind:
+        prompt = prompt.replace("\n", " ")
+        completion = completion.replace("\n", " ")
+    record = pair(prompt, completion, completion + " and more")
+    (row,) = tokenize([record], tokenizers[kind])
+    assert_exact_boundary(tokenizers[kind], record, row)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokenize_pairs_boundary_is_exact_anywhere_in_a_text(tokenizers, kind):
+    text = CORPUS[0] + " " + CORPUS[2].replace("\n", " ")
+    records = [pair(text[:cut], text[cut:], text[cut:] + "!") for cut in range(1, len(text))]
+    for record, row in zip(records, tokenize(records, tokenizers[kind]), strict=True):
+        assert_exact_boundary(tokenizers[kind], record, row)
+
+
+def test_the_tokenizers_here_do_merge_and_prefix(tokenizers):
+    """What the boundary tests rest on: tokens that span the boundary, and spaces put before a text."""
+    byte, meta, llama = tokenizers["byte-level"], tokenizers["metaspace"], tokenizers["llama-2"]
+    for tokenizer, prompt, text in [(byte, "Hello wor", "Hello world"), (meta, "the", "them"), (llama, "the", "them")]:
+        ids = tokenizer(prompt)["input_ids"]
+        assert tokenizer(text)["input_ids"][: len(ids)] != ids
+    for tokenizer in (meta, llama):
+        assert tokenizer.convert_ids_to_tokens(tokenizer("m")["input_ids"])[1].startswith("▁")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokenize_pairs_keeps_the_natural_tokens_where_they_respect_the_boundary(tokenizers, kind):
+    tokenizer = tokenizers[kind]
+    record = pair("Question: the answer is:", " there are 12 eggs", " The answer is 42.")
+    (row,) = tokenize([record], tokenizer)
+    joint = inference_ids(tokenizer, record["prompt"] + record["chosen"])
+    assert row["prompt_ids"] + row["chosen_ids"] == [*joint, tokenizer.eos_token_id]
+
+
+def test_tokenize_pairs_prefix_space_is_not_put_into_the_completion(tokenizers):
+    for kind in ("metaspace", "llama-2", "byte-level, prefix"):
+        (row,) = tokenize([pair("the answer is: ", "a", "b")], tokenizers[kind])
+        assert tokenizers[kind].convert_ids_to_tokens(row["chosen_ids"]) == ["a", "</s>"], kind
+
+
+def test_tokenize_pairs_adds_one_eos(tokenizer, plain):
+    records = [pair("foo", " bar", " bar foo</s>"), pair("foo", " bar</s>", " foo</s></s>")]
+    first, second = tokenize(records, tokenizer)
+    eos = tokenizer.eos_token_id
+    assert first["chosen_ids"] == second["chosen_ids"] == [*plain(" bar"), eos]
+    assert first["rejected_ids"] == [*plain(" bar foo"), eos]
+    assert second["rejected_ids"] == [*plain(" foo"), eos, eos]
+
+
+def test_tokenize_pairs_ignores_padding_and_truncation_of_the_tokenizer_file():
+    backend = with_specials(byte_level())
+    reference = wrap(Tokenizer.from_str(backend.to_str()))
+    backend.enable_truncation(3)
+    backend.enable_padding(length=50)
+    records = [pair("Hello world, what is", " the answer?", " a"), pair("foo", " b", " c")]
+    assert tokenize(records, wrap(backend)).to_list() == tokenize(records, reference).to_list()
+
+
+def test_tokenize_pairs_where_no_boundary_can_be_found(tokenizers, monkeypatch):
+    original = data._Encoder.__init__
+
+    def only_bad_anchors(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.anchors = {"the": self._ids("the", False)}
+
+    monkeypatch.setattr(data._Encoder, "__init__", only_bad_anchors)
+    with pytest.raises(
+        ValueError, match="1 x the tokenizer has no token boundary where the completion begins: record 2"
+    ):
+        tokenize([pair("foo ", "a", "b"), pair("the", "m", "se")], tokenizers["metaspace"])
+
+
+# ---- forms of records -----------------------------------------------------------------------------------------------
+
+
+def test_tokenize_pairs_returns_only_ids(tokenizer):
+    records = [{**pair("foo", " bar", " foo"), "score": 1.5, "source": "x"}]
+    dataset = tokenize(records, tokenizer)
+    assert dataset.column_names == IDS
+    assert all(isinstance(value, list) for value in dataset[0].values())
+
+
+def test_tokenize_pairs_implicit_prompt(tokenizer):
+    implicit = {"chosen": "Question: what?\nAnswer: there are", "rejected": "Question: what?\nAnswer: the answer"}
+    explicit = pair("Question: what?\nAnswer:", " there are", " the answer")
+    assert tokenize([implicit], tokenizer).to_list() == tokenize([explicit], tokenizer).to_list()
+
+
+def test_tokenize_pairs_messages(chat_tokenizer):
+    prompt = [{"role": "system", "content": "You are a helpful assistant."}, user("how many eggs?")]
+    record = pair(prompt, [assistant("there are 12")], [assistant("42")])
+    (row,) = tokenize([record], chat_tokenizer)
+    expected = chat_tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    assert row["prompt_ids"] == expected
+    for side in ("chosen", "rejected"):
+        joint = chat_tokenizer.apply_chat_template(prompt + record[side], return_dict=False)
+        assert row["prompt_ids"] + row[f"{side}_ids"] == joint
+    assert chat_tokenizer.decode(row["rejected_ids"]) == "42<|im_end|>\n"  # no EOS but the template's own
+
+
+def test_tokenize_pairs_messages_implicit_prompt(chat_tokenizer):
+    shared = [user("foo"), assistant("bar"), user("and so on")]
+    implicit = {"chosen": [*shared, assistant("them")], "rejected": [*shared, assistant("these")]}
+    explicit = pair(shared, [assistant("them")], [assistant("these")])
+    with_string = {**implicit, "prompt": "and so on"}
+    expected = tokenize([explicit], chat_tokenizer).to_list()
+    assert tokenize([implicit], chat_tokenizer).to_list() == expected
+    assert tokenize([with_string], chat_tokenizer).to_list() == expected
+    with pytest.raises(ValueError, match="1 x the prompt is a string, but not a message"):
+        tokenize([{**implicit, "prompt": "something else"}], chat_tokenizer)
+
+
+def test_tokenize_pairs_messages_exact_boundary_with_a_prefix_space():
+    backend = llama_2()
+    template = "<s>{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% else %}{{ m.content }}</s>"
+    tokenizer = wrap(with_specials(backend), chat_template=template + "{% endif %}{% endfor %}")
+    (row,) = tokenize([pair([user("the")], [assistant("them")], [assistant("answer")])], tokenizer)
+    assert row["prompt_ids"] == tokenizer.apply_chat_template([user("the")], return_dict=False)
+    assert row["prompt_ids"].count(tokenizer.bos_token_id) == 1
+    assert tokenizer.decode(row["prompt_ids"] + row["chosen_ids"], skip_special_tokens=True) == "[the]them"
+    assert row["chosen_ids"][-1] == tokenizer.eos_token_id
+
+
+def test_tokenize_pairs_hands_tools_and_options_to_the_template(chat_tokenizer):
+    chat_tokenizer.chat_template = (
+        "{{ style }}{% if tools %}{{ tools[0]['name'] }}{% endif %}"
+        "{% for m in messages %}{% if m.name is defined %}NAMED{% endif %}{{ m.content }};{% endfor %}"
+    )
+    record = pair([user("foo")], [assistant("a")], [{**assistant("b"), "name": "x"}])
+    record |= {"tools": '[{"name": "calc"}]', "chat_template_kwargs": {"style": "short "}}
+    (row,) = tokenize([record], chat_tokenizer)
+    assert chat_tokenizer.decode(row["prompt_ids"]) == "short calcfoo;"
+    assert chat_tokenizer.decode(row["chosen_ids"]) == "a;"  # without the keys of other messages
+    assert chat_tokenizer.decode(row["rejected_ids"]) == "NAMEDb;"
+
+
+def test_tokenize_pairs_messages_need_a_chat_template(tokenizer):
+    with pytest.raises(ValueError, match="the eval data set has messages, but the tokenizer has no chat template"):
+        tokenize([pair([user("a")], [assistant("b")], [assistant("c")])], tokenizer, name="eval")
+
+
+def test_tokenize_pairs_strings_need_an_eos(tokenizers):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizers["byte-level"].backend_tokenizer)
+    with pytest.raises(ValueError, match=r"no eos_token.*set tokenizer\.eos_token"):
+        tokenize([pair("a", "b", "c")], tokenizer)
+
+
+def test_tokenize_pairs_names_the_missing_columns(tokenizer):
+    records = [{"question": "a", "answer": "b", "chosen": "c"}]
+    with pytest.raises(ValueError, match="the eval data set has no column rejected; it has question, answer, chosen"):
+        tokenize(records, tokenizer, name="eval")
+    with pytest.raises(ValueError, match="no column chosen and no column rejected"):
+        tokenize([{"text": "a"}], tokenizer)
+
+
+def test_tokenize_pairs_takes_its_own_result(tokenizer):
+    records = [pair("Question: how many eggs?", " there are 12 eggs", " the answer is 42"), pair("", " foo", " bar")]
+    for limits in ({}, {"max_length": 7, "max_prompt_length": 5}):
+        once = tokenize(records, tokenizer, **limits)
+        twice = tokenize_pairs(once, tokenizer, **{"max_length": None, **limits})
+        assert twice.to_list() == once.to_list() and twice.column_names == IDS
+    assert tokenize_pairs(once.with_format("torch"), tokenizer).to_list() == once.to_list()
+
+
+def test_tokenize_pairs_checks_given_ids(tokenizer):
+    good = {"prompt_ids": [1, 5], "chosen_ids": [6], "rejected_ids": [7]}
+    rows = [good, {**good, "chosen_ids": []}, {**good, "rejected_ids": [6]}, {**good, "prompt_ids": []}]
+    rows += [{**good, "chosen_ids": None}, {**good, "chosen_ids": [-100, 6]}, {**good, "chosen_ids": [2]}]
+    with pytest.raises(ValueError) as error:
+        tokenize(rows, tokenizer)
+    for line in [
+        "2 x chosen or rejected is empty: records 2, 7",
+        "1 x chosen and rejected are the same: record 3",
+        r"1 x the prompt has no token \(.*: record 4",
+        "2 x one of prompt_ids, chosen_ids, rejected_ids is missing or not a list of token ids: records 5, 6",
+    ]:
+        assert re.search(line, str(error.value))
+    assert tokenize(rows, tokenizer, on_bad_record="drop").to_list() == [good]
+    with pytest.raises(ValueError, match="not a list of token ids"):
+        tokenize([{"prompt_ids": [1.5], "chosen_ids": [1.0], "rejected_ids": [2.0]}], tokenizer)
+
+
+# ---- bad records ----------------------------------------------------------------------------------------------------
+
+GOOD = pair("Question: what?", " the answer", " foo bar")
+MISSING = "prompt, chosen or rejected is missing or not a string"
+SAME = "chosen and rejected are the same"
+EMPTY = "chosen or rejected is empty"
+CUT = "max_length=12 leaves no completion, or no difference"
+
+
+@pytest.mark.parametrize(
+    ("record", "kind"),
+    [
+        (pair(None, " a", " b"), MISSING),
+        (pair("a", None, " b"), MISSING),
+        (pair("a", " a", None), MISSING),
+        (pair("a", "", " b"), EMPTY),
+        (pair("a", " b", ""), EMPTY),
+        (pair("a", " b", "</s>"), EMPTY),
+        (pair("a", "", ""), EMPTY),
+        (pair("a", " b", " b"), SAME),
+        (pair("a", " b", " b</s>"), SAME),
+        (pair("Q: " * 20, " a", " b"), CUT),
+        (pair("a", " foo" * 15, " foo" * 16), CUT),
+    ],
+)
+def test_tokenize_pairs_bad_strings(tokenizer, caplog, record, kind):
+    records = [GOOD, record, GOOD, record]
+    with pytest.raises(ValueError) as error:
+        tokenize(records, tokenizer, max_length=12, name="eval")
+    message = str(error.value)
+    assert message.startswith("2 of the 4 records of the eval data set cannot be used:\n  2 x " + kind)
+    assert ": records 2, 4\n" in message and "--on_bad_record drop" in message
+    assert kind is not CUT or "a larger --max_length" in message
+
+    with caplog.at_level(logging.WARNING):
+        kept = tokenize(records, tokenizer, max_length=12, on_bad_record="drop", name="eval")
+    assert kept.to_list() == tokenize([GOOD, GOOD], tokenizer).to_list()
+    assert f"2 of the 4 records of the eval data set cannot be used:\n  2 x {kind}" in caplog.text
+    assert ": records 2, 4" in caplog.text
+
+    with pytest.raises(ValueError, match="No record is left"):
+        tokenize([record], tokenizer, max_length=12, on_bad_record="drop")
+
+
+NO_MESSAGES = r"prompt, chosen or rejected is missing or not a list of {role, content} messages"
+
+
+@pytest.mark.parametrize(
+    ("record", "kind"),
+    [
+        (pair([user("a")], None, [assistant("b")]), NO_MESSAGES),
+        (pair(None, [assistant("a")], [assistant("b")]), NO_MESSAGES),
+        (pair([user(None)], [assistant("a")], [assistant("b")]), NO_MESSAGES),
+        (pair([user("a")], [{"role": None, "content": "a"}], [assistant("b")]), NO_MESSAGES),
+        (pair([user("a")], [], [assistant("b")]), EMPTY),
+        (pair([user("a")], [assistant("")], [assistant("b")]), EMPTY),
+        (pair([user("a")], [assistant("b")], [assistant("b")]), SAME),
+        (pair([], [assistant("a")], [assistant("b")]), "the prompt has no message"),
+        (
+            pair([{"role": "moderator", "content": "a"}], [assistant("a")], [assistant("b")]),
+            "the chat template refuses the messages or tools (no moderators)",
+        ),
+        (
+            pair([user("secret")], [assistant("a")], [assistant("b")]),
+            "the chat template writes the prompt differently inside the conversation",
+        ),
+    ],
+)
+def test_tokenize_pairs_bad_messages(chat_tokenizer, record, kind):
+    chat_tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'moderator' %}{{ raise_exception('no moderators') }}{% endif %}"
+        "{% endfor %}{% if messages[0].content == 'secret' %}{{ messages | length }}{% endif %}" + CHATML
+    )
+    good = pair([user("foo")], [assistant("a")], [assistant("b")])
+    with pytest.raises(ValueError) as error:
+        tokenize([good, record], chat_tokenizer)
+    assert f"1 x {kind}" in str(error.value) and ": record 2\n" in str(error.value)
+    kept = tokenize([good, record], chat_tokenizer, on_bad_record="drop")
+    assert kept.to_list() == tokenize([good], chat_tokenizer).to_list()
+
+
+def test_tokenize_pairs_messages_of_which_one_begins_with_the_other(chat_tokenizer):
+    identical = [user("a"), assistant("b")]
+    with pytest.raises(ValueError, match=SAME):
+        tokenize([{"chosen": identical, "rejected": identical}], chat_tokenizer)
+    with pytest.raises(ValueError, match="the prompt has no message"):
+        tokenize([{"chosen": [assistant("a")], "rejected": [assistant("b")]}], chat_tokenizer)
+
+
+def test_tokenize_pairs_empty_prompt(tokenizers):
+    record = pair("", "the answer", "foo")
+    with pytest.raises(ValueError, match=r"1 x the prompt has no token \(.*BOS\): record 1"):
+        tokenize([record], tokenizers["byte-level"])
+    (row,) = tokenize([record], tokenizers["byte-level, BOS"])
+    assert row["prompt_ids"] == [tokenizers["byte-level, BOS"].bos_token_id]
+
+
+def test_tokenize_pairs_values_of_mixed_types(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": 5, "rejected": "c"}\n')
+    with pytest.raises(ValueError, match=f"1 x {MISSING}: record 2"):
+        tokenize_pairs(load_records(str(file)), tokenizer)
+
+
+def test_tokenize_pairs_counts_by_kind_and_shows_the_first_few(tokenizer):
+    records = [GOOD] + [pair("a", "", " b")] * 7 + [pair("a", " b", " b")]
+    with pytest.raises(ValueError) as error:
+        tokenize(records, tokenizer)
+    assert str(error.value).splitlines()[:3] == [
+        "8 of the 9 records of the train data set cannot be used:",
+        f"  7 x {EMPTY}: records 2, 3, 4, 5, 6, ...",
+        f"  1 x {SAME}: record 9",
+    ]
+
+
+def test_tokenize_pairs_all_of_a_first_batch_bad(tokenizer):
+    """The types of the columns do not come from the first rows."""
+    records = [pair("a", "", "b")] * 1001 + [GOOD]
+    assert len(tokenize(records, tokenizer, on_bad_record="drop")) == 1
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"on_bad_record": "skip"}, "on_bad_record='skip'"),
+        ({"max_length": 1}, "max_length=1"),
+        ({"max_prompt_length": 0}, "max_prompt_length=0"),
+    ],
+)
+def test_tokenize_pairs_refuses_arguments(tokenizer, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        tokenize([GOOD], tokenizer, **kwargs)
+
+
+def test_tokenize_pairs_refuses_what_is_no_dataset(tokenizer):
+    dataset = Dataset.from_list([GOOD])
+    for other in (DatasetDict({"train": dataset}), dataset.to_iterable_dataset()):
+        with pytest.raises(TypeError, match=type(other).__name__):
+            tokenize_pairs(other, tokenizer)
+    with pytest.raises(ValueError, match="the eval data set has no records"):
+        tokenize_pairs(dataset.select([]), tokenizer, name="eval")
+
+
+# ---- truncation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def abc(plain):
+    """A record whose prompt has 10 tokens and BOS, chosen 5 and EOS, rejected 3 and EOS."""
+    record = pair(" a" * 10, " b" * 5, " c" * 3)
+    assert [len(plain(text)) for text in record.values()] == [10, 5, 3]
+    return record
+
+
+@pytest.mark.parametrize(
+    ("max_length", "lengths"),
+    [(None, (11, 6, 4)), (17, (11, 6, 4)), (16, (11, 5, 4)), (15, (11, 4, 4)), (14, (11, 3, 3)), (12, (11, 1, 1))],
+)
+def test_tokenize_pairs_max_length_cuts_the_end(tokenizer, abc, max_length, lengths):
+    (full,) = tokenize([abc], tokenizer)
+    (row,) = tokenize([abc], tokenizer, max_length=max_length)
+    assert row == {column: full[column][:length] for column, length in zip(IDS, lengths, strict=True)}
+
+
+@pytest.mark.parametrize("max_length", [11, 10, 2])
+def test_tokenize_pairs_max_length_leaves_nothing(tokenizer, abc, max_length):
+    with pytest.raises(ValueError, match=f"1 x max_length={max_length} leaves no completion"):
+        tokenize([abc], tokenizer, max_length=max_length)
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(11, 10), (12, 10), (10, 9), (2, 1), (1, 0)])
+def test_tokenize_pairs_max_prompt_length_keeps_bos_and_the_end(tokenizer, plain, limit, kept):
+    record = pair(" a b c a b c a b c a", " b", " c")
+    (row,) = tokenize([record], tokenizer, max_prompt_length=limit)
+    assert row["prompt_ids"] == [tokenizer.bos_token_id, *plain(record["prompt"])[10 - kept :]]
+
+
+def test_tokenize_pairs_max_prompt_length_without_bos(tokenizers, plain):
+    (row,) = tokenize([pair(" a b c", " b", " c")], tokenizers["byte-level"], max_prompt_length=2)
+    assert row["prompt_ids"] == plain(" b c")
+
+
+def test_tokenize_pairs_cuts_the_prompt_before_the_completion(tokenizer, abc):
+    (row,) = tokenize([abc], tokenizer, max_length=9, max_prompt_length=4)
+    assert [len(row[column]) for column in IDS] == [4, 5, 4]
+
+
+# ---- datasets' cache and processes ----------------------------------------------------------------------------------
+
+
+def test_tokenize_pairs_is_cached_until_something_changes(tmp_path, monkeypatch, capfd, tokenizers):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    Dataset.from_list([GOOD] * 10).to_parquet(tmp_path / "a.parquet")
+    records = load_records(str(tmp_path / "a.parquet"))
+    tokenizer = tokenizers["byte-level"]
+
+    def cached(**kwargs):
+        return tokenize_pairs(records, **{"tokenizer": tokenizer, **kwargs}).cache_files[0]["filename"]
+
+    first = cached()
+    tokenizer(["a", "b c"], padding=False, truncation=True, max_length=1)  # leaves its settings behind
+    assert cached() == first
+    others = [cached(max_length=20), cached(tokenizer=tokenizers["byte-level, BOS"])]
+    monkeypatch.setattr(data.inspect, "getsource", lambda module: "another version of the code")
+    assert len({first, *others, cached()}) == 4
+    assert list((tmp_path / "cwd").iterdir()) == []
+    assert "hash" not in capfd.readouterr().err
+
+
+def test_tokenize_pairs_in_several_processes(tokenizer, capfd):
+    records = [GOOD, pair("a", "", " b"), *[GOOD] * 8]
+    kwargs = {"on_bad_record": "drop", "max_length": 12}
+    alone = tokenize(records, tokenizer, **kwargs).to_list()
+    capfd.readouterr()
+    assert tokenize(records, tokenizer, num_proc=2, **kwargs).to_list() == alone
+    assert "fork" not in capfd.readouterr().err
+
+
+def test_tokenize_pairs_long_text_without_warning(tokenizers, capfd):
+    tokenizer = wrap(tokenizers["byte-level"].backend_tokenizer, model_max_length=4)
+    tokenize([GOOD], tokenizer)
+    assert "longer than" not in capfd.readouterr().err
+
+
+# ---- real records ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["hh_harmless", "gsm8k"])
+def test_tokenize_pairs_real_records(tmp_path, monkeypatch, name):
+    path = REAL / f"{name}_preferences.jsonl.gz"
+    if not path.exists():
+        pytest.skip(f"{path.name} is not on this machine")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    records = load_records(str(path))
+    part = [text for record in records.select(range(300)) for text in record.values()]
+    tokenizer = wrap(with_specials(byte_level(part, vocab_size=2000)))
+    rows = tokenize_pairs(records, tokenizer, max_length=None)  # no record is bad
+    assert len(rows) == len(records) == {"hh_harmless": 1574, "gsm8k": 2706}[name]
+    prompts = tokenizer(records["prompt"][:])["input_ids"]
+    assert rows["prompt_ids"][:] == prompts
+    for side in ("chosen", "rejected"):
+        ids = [prompt + completion for prompt, completion in zip(prompts, rows[f"{side}_ids"], strict=True)]
+        texts = [record["prompt"] + record[side] for record in records]
+        assert tokenizer.batch_decode(ids, skip_special_tokens=True) == texts
+
+
+# ---- batches --------------------------------------------------------------------------------------------------------
+
+
+def random_examples(seed, count, ref=False):
+    generator = random.Random(seed)
+
+    def ids(least, most):
+        return [generator.randrange(3, 100) for _ in range(generator.randint(least, most))]
+
+    examples = [{"prompt_ids": ids(1, 9), "chosen_ids": ids(1, 12), "rejected_ids": ids(1, 12)} for _ in range(count)]
+    for example in examples if ref else []:
+        example |= {"ref_chosen_logp": generator.uniform(-50, 0), "ref_rejected_logp": generator.uniform(-50, 0)}
+    return examples
+
+
+@pytest.mark.parametrize(("seed", "count"), [(0, 1), (1, 2), (2, 5), (3, 16)])
+def test_pair_collator_scores_exactly_the_completion_tokens(seed, count):
+    examples = random_examples(seed, count)
+    batch = PairCollator(pad_token_id=0)(examples)
+    longest = max(len(e["prompt_ids"]) + max(len(e["chosen_ids"]), len(e["rejected_ids"])) for e in examples)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (2 * count, longest)
+    assert set(batch) == {"input_ids", "attention_mask", "rows", "labels", "cu_seqlens"}
+    assert {batch[key].dtype for key in ("input_ids", "attention_mask", "rows", "labels")} == {torch.int64}
+    cu_seqlens = batch["cu_seqlens"]
+    assert type(cu_seqlens) is list and {type(x) for x in cu_seqlens} == {int} and len(cu_seqlens) == 2 * count + 1
+
+    rows, labels, scored = [], [], 0
+    for s in range(2 * count):
+        example = examples[s // 2]
+        prompt, completion = example["prompt_ids"], example["rejected_ids" if s % 2 else "chosen_ids"]
+        tokens = prompt + completion
+        assert batch["input_ids"][s].tolist() == tokens + [0] * (longest - len(tokens))
+        assert batch["attention_mask"][s].tolist() == [1] * len(tokens) + [0] * (longest - len(tokens))
+        assert cu_seqlens[s] == scored
+        for t, token in enumerate(completion):
+            rows.append(s * longest + len(prompt) + t - 1)
+            labels.append(token)
+        scored += len(completion)
+    assert batch["rows"].tolist() == rows and batch["labels"].tolist() == labels and cu_seqlens[-1] == scored
+    assert batch["input_ids"].flatten()[batch["rows"] + 1].tolist() == labels
+
+
+def test_pair_collator_small_example():
+    examples = [
+        {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]},
+        {"prompt_ids": [7], "chosen_ids": [8], "rejected_ids": [9, 10]},
+    ]
+    batch = PairCollator(pad_token_id=0)(examples)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5], [1, 2, 3, 6, 0], [7, 8, 0, 0, 0], [7, 9, 10, 0, 0]]
+    assert batch["rows"].tolist() == [2, 3, 7, 10, 15, 16]
+    assert batch["labels"].tolist() == [4, 5, 6, 8, 9, 10]
+    assert batch["cu_seqlens"] == [0, 2, 3, 4, 6]
+
+
+def test_pair_collator_interleaves_reference_logps():
+    examples = random_examples(4, 3, ref=True)
+    logps = PairCollator(pad_token_id=0)(examples)["ref_logps"]
+    assert logps.dtype == torch.float32
+    expected = [example[key] for example in examples for key in ("ref_chosen_logp", "ref_rejected_logp")]
+    torch.testing.assert_close(logps, torch.tensor(expected))
+    del examples[1]["ref_rejected_logp"]
+    with pytest.raises(KeyError, match="ref_rejected_logp"):
+        PairCollator(pad_token_id=0)(examples)
+
+
+def test_pair_collator_takes_tensors_too():
+    examples = random_examples(5, 3, ref=True)
+    tensors = Dataset.from_list(examples).with_format("torch")
+    expected, got = PairCollator(0)(examples), PairCollator(0)([tensors[i] for i in range(3)])
+    assert got["cu_seqlens"] == expected.pop("cu_seqlens")
+    for key, value in expected.items():
+        torch.testing.assert_close(got[key], value)
+
+
+def test_pair_collator_refuses_an_empty_prompt():
+    examples = [*random_examples(6, 1), {"prompt_ids": [], "chosen_ids": [4], "rejected_ids": [5]}]
+    with pytest.raises(ValueError, match="prompt_ids of pair 1"):
+        PairCollator(pad_token_id=0)(examples)
+
+
+def test_pair_collator_takes_the_rows_of_tokenize_pairs(tokenizer):
+    dataset = tokenize([GOOD, GOOD], tokenizer)
+    batch = PairCollator(tokenizer.eos_token_id)(list(dataset))
+    assert batch["labels"].tolist() == (dataset[0]["chosen_ids"] + dataset[0]["rejected_ids"]) * 2
