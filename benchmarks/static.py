@@ -72,7 +72,7 @@ def _resources(compiled, target: GPUTarget) -> tuple[int, int, int]:
     shared = compiled.metadata.shared
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
-        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
+        (registers,) = map(int, re.findall(r"\.vgpr_count:\s+(\d+)", text))
         return registers, sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text)), shared
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"

@@ -20,7 +20,7 @@ class HDPOConfig(TrainingArguments):
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate of the optimizer."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
-    bf16: bool | None = field(
+    bf16: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "Mixed precision in bfloat16. Default: yes on a CUDA device that supports it, else fp32."},
     )
@@ -70,7 +70,7 @@ class HDPOConfig(TrainingArguments):
         metadata={"help": "Set every dropout to zero, so that the policy starts equal to its reference."},
     )
     chunk_bytes: int | None = field(
-        default=None, metadata={"help": "Most bytes of logits and their gradient at a time. Default: by device."}
+        default=None, metadata={"help": "Most bytes of logits and their gradient held at a time. Default: by device."}
     )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -80,7 +80,10 @@ class HDPOConfig(TrainingArguments):
         default=False, metadata={"help": "Delete the other run that output_dir holds instead of refusing to start."}
     )
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [  # type: ignore[misc]
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+    ]
 
     def __post_init__(self) -> None:
         if self.bf16 is None:

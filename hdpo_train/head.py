@@ -55,10 +55,8 @@ def attach_loss(model: PreTrainedModel, loss_kwargs: dict[str, Any]) -> None:
     def forward(self: PreTrainedModel, *args: Any, pairs: PairBatch | None = None, **kwargs: Any) -> Any:
         if pairs is None:
             return original(*args, **kwargs)
-        backbone_inputs = {
-            name: kwargs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in kwargs
-        }
-        hidden = self.base_model(**backbone_inputs, use_cache=False).last_hidden_state  # (2P, T, H)
+        inputs = {name: kwargs[name] for name in _BACKBONE_INPUTS if name in kwargs}
+        hidden = self.base_model(**inputs, use_cache=False).last_hidden_state  # (2P, T, H)
         scored = hidden.flatten(0, 1).index_select(0, pairs.rows.to(hidden.device))  # (N, H)
         return _call_head(head_of(self), scored, pairs, transform, loss_kwargs)
 
@@ -136,7 +134,7 @@ def _scales(config: Any) -> list[float]:
 def _call_head(
     head: nn.Linear, hidden: Tensor, pairs: PairBatch, transform: HeadTransform, loss_kwargs: dict[str, Any]
 ) -> HDPOLoss:
-    """The head module's own __call__ with the loss for its forward: hooks that gather a sharded weight run around it."""
+    """The head module's own __call__ with the loss for its forward: hooks that gather sharded weights run around it."""
 
     def loss(hidden: Tensor) -> HDPOLoss:
         weight, bias = head.weight, head.bias
@@ -148,7 +146,7 @@ def _call_head(
         )  # fmt: skip
 
     own = head.__dict__.get("forward")
-    head.forward = loss  # type: ignore[method-assign]
+    head.forward = loss  # type: ignore[method-assign, assignment]
     try:
         return head(hidden)
     finally:

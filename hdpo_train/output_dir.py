@@ -28,11 +28,12 @@ def claim_output_dir(output_dir: str, overwrite: bool) -> None:
 
 def checkpoint_to_resume(output_dir: str, resume_from: str | bool) -> str:
     """The checkpoint folder, checked; ValueError names what is missing or broken, and those that are whole."""
-    if isinstance(resume_from, bool) or resume_from.lower() == "true":
+    if resume_from is True or str(resume_from).lower() == "true":
         last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
         if last is None:
             raise ValueError(f"no checkpoint in {output_dir}; leave out --resume_from_checkpoint to start")
         resume_from = last
+    resume_from = str(resume_from)
     problem = checkpoint_problem(Path(resume_from))
     if problem:
         whole = [str(p) for p in sorted(Path(output_dir).glob("checkpoint-*")) if not checkpoint_problem(p)]

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -73,7 +74,7 @@ def cache_key(dataset: Dataset, model: nn.Module, precision: str) -> str:
     digest = hashlib.sha256(f"{_FORMAT} {precision} {_attention(model)}".encode())
     for name, tensor in sorted(_weights(model)):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
     for batch in dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).iter(batch_size=1000):
         digest.update(repr(batch).encode())
     return digest.hexdigest()
@@ -116,7 +117,7 @@ def _compute(
 
 def model_inputs(batch: Mapping, device: torch.device) -> dict:
     """Keywords of the model's forward for a batch of `PairCollator`."""
-    on_device = {
+    on_device: dict[str, Any] = {
         key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()
     }
     pairs = PairBatch(on_device["rows"], on_device["labels"], on_device["cu_seqlens"], on_device.get("ref_logps"))
@@ -124,7 +125,7 @@ def model_inputs(batch: Mapping, device: torch.device) -> dict:
 
 
 def _checksum(logps: Tensor) -> str:
-    return hashlib.sha256(logps.contiguous().numpy()).hexdigest()
+    return hashlib.sha256(logps.contiguous().numpy().data).hexdigest()
 
 
 def _write(path: Path, key: str, logps: Tensor) -> None:

@@ -19,19 +19,19 @@ class RunReport(TrainerCallback):
         if not state.is_world_process_zero:
             return
         # A resumed run goes on from its checkpoint: lines logged after it belong to steps that are done again.
-        lines = [line for line in read_metrics(args.output_dir) if 0 < line["step"] <= state.global_step]
-        write_metrics(args.output_dir, [{"step": 0, **self.start}, *lines])
+        lines = [line for line in read_metrics(str(args.output_dir)) if 0 < line["step"] <= state.global_step]
+        write_metrics(str(args.output_dir), [{"step": 0, **self.start}, *lines])
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
         if state.is_world_process_zero and logs:
-            with open(Path(args.output_dir) / METRICS_FILE, "a", encoding="utf-8") as file:
+            with open(Path(str(args.output_dir)) / METRICS_FILE, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            draw(args.output_dir)
+            draw(str(args.output_dir))
 
 
 def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:

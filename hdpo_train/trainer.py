@@ -70,24 +70,21 @@ class HDPOTrainer(Trainer):
             raise TypeError(f"args must be an HDPOConfig, got {type(args).__name__}")
         if train_dataset is None and eval_dataset is None:
             raise ValueError("neither train_dataset nor eval_dataset given")
-        name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
-        if isinstance(model, str):
-            model = load_model(model, args.model_init_kwargs)
-        tokenizer = processing_class if processing_class is not None else load_tokenizer(name)
-
-        fresh_adapter = peft_config is not None
-        if fresh_adapter:
-            model = _add_adapter(model, peft_config)
-        if ref_model is model:
+        if ref_model is not None and ref_model is model:
             raise ValueError("ref_model is the model itself; leave it out to use the policy as it is now as reference")
-        loss_kwargs = args.loss_kwargs()
-        policies = [model] if ref_model is None else [model, ref_model]
-        vocab = min(head_of(bare(policy)).weight.shape[0] for policy in policies)
+        name = model if isinstance(model, str) else bare(model).config._name_or_path
+        tokenizer = processing_class if processing_class is not None else load_tokenizer(name)
+        policy: Any = load_model(model, args.model_init_kwargs) if isinstance(model, str) else model  # type: ignore[arg-type]
+        if peft_config is not None:
+            policy = _add_adapter(policy, peft_config)
+        reference: Any = policy if ref_model is None else ref_model
+        models: list[Any] = [policy] if reference is policy else [policy, reference]
+        vocab = min(head_of(bare(each)).weight.shape[0] for each in models)
         if args.disable_dropout:
-            for policy in policies:
-                _disable_dropout(policy)
+            for each in models:
+                _disable_dropout(each)
 
-        def prepare(dataset: Dataset, name: str) -> Dataset:
+        def tokenize(dataset: Dataset, name: str) -> Dataset:
             dataset = tokenize_pairs(
                 dataset,
                 tokenizer,
@@ -100,60 +97,72 @@ class HDPOTrainer(Trainer):
             _check_vocabulary(dataset, vocab, name)
             return dataset
 
+        collator = PairCollator(_pad_token_id(tokenizer))
         super().__init__(
-            model=model,
+            model=policy,
             args=args,
-            data_collator=PairCollator(_pad_token_id(tokenizer)),
-            train_dataset=None if train_dataset is None else prepare(train_dataset, "train"),
-            eval_dataset=_map_datasets(eval_dataset, lambda dataset, name: prepare(dataset, name)),
+            data_collator=collator,
+            train_dataset=_map_datasets(train_dataset, tokenize, "train"),
+            eval_dataset=_map_datasets(eval_dataset, tokenize, "eval"),
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
             **trainer_kwargs,
         )
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch's pairs
-        self.loss_is_scaled_for_ga = False
-
-        for policy in policies:
-            if policy is not self.model and self.place_model_on_device:
-                policy.to(args.device)
-            attach_loss(bare(policy), loss_kwargs)
-        self._reference = ref_model
-        self._adapter_off = (
-            self.model.disable_adapter if fresh_adapter and ref_model is None else contextlib.nullcontext
-        )
-        if self.train_dataset is not None:
-            self.train_dataset = self._with_reference(self.train_dataset, "train")
-        self.eval_dataset = _map_datasets(self.eval_dataset, self._with_reference)
-        self._reference = None
-
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch's pairs, and
+        self.loss_is_scaled_for_ga = False  # Trainer divides it by the number of accumulation steps
         self._sums: dict[str, list[Tensor]] = defaultdict(list)  # per mode: one vector per batch, see _SUMS
+
+        for each in models:
+            if each is not policy and self.place_model_on_device:
+                each.to(args.device)
+            attach_loss(bare(each), args.loss_kwargs())
+
+        def refer(dataset: Dataset, name: str) -> Dataset:
+            adapter_off = peft_config is not None and reference is policy
+            return with_reference(
+                dataset,
+                reference,
+                accelerator=self.accelerator,
+                collator=collator,
+                batch_size=args.precompute_ref_batch_size or args.train_batch_size,
+                cache_dir=args.ref_cache_dir,
+                name=name,
+                adapter_off=policy.disable_adapter() if adapter_off else contextlib.nullcontext(),
+            )
+
+        self.train_dataset = _map_datasets(self.train_dataset, refer, "train")
+        self.eval_dataset = _map_datasets(self.eval_dataset, refer, "eval")
         if self.train_dataset is not None:
             self.add_callback(RunReport(self._start()))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; resume_from_checkpoint: a checkpoint folder, or True for the last one in output_dir.
 
         Raises FileExistsError if output_dir holds another run and this one does not resume it, and ValueError, naming
         the file, if the checkpoint is not whole.
         """
+        output_dir = str(self.args.output_dir)
         if resume_from_checkpoint:
-            resume_from_checkpoint = checkpoint_to_resume(self.args.output_dir, resume_from_checkpoint)
+            resume_from_checkpoint = checkpoint_to_resume(output_dir, resume_from_checkpoint)
         elif self.is_world_process_zero():
-            claim_output_dir(self.args.output_dir, self.args.overwrite_output_dir)
+            claim_output_dir(output_dir, self.args.overwrite_output_dir)
         self.accelerator.wait_for_everyone()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if isinstance(eval_dataset, Dataset) and not set(COLUMNS) <= set(eval_dataset.column_names):
+            raise ValueError(
+                "reference log-probs are computed when the trainer is made, while the reference is at hand: "
+                "give this data set as eval_dataset to HDPOTrainer"
+            )
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         result: HDPOLoss = model(**model_inputs(inputs, self.accelerator.device))
-        mode = "train" if model.training else "eval"
-        if mode == "train":
-            self._num_tokens += int(sum(inputs["num_tokens"])) if "num_tokens" in inputs else 0
-        self._sums[mode].append(
-            self._batch_sums(result, inputs["cu_seqlens"], inputs["ref_logps"].to(result.logps.device))
-        )
+        self._sums["train" if model.training else "eval"].append(self._batch_sums(result, inputs))
         return (result.loss, result) if return_outputs else result.loss
 
     def prediction_step(
@@ -219,22 +228,10 @@ class HDPOTrainer(Trainer):
             metrics["num_tokens"] = seen + num_tokens
         return metrics
 
-    def _with_reference(self, dataset: Dataset, name: str) -> Dataset:
-        return with_reference(
-            dataset,
-            self.model if self._reference is None else self._reference,
-            accelerator=self.accelerator,
-            collator=self.data_collator,
-            batch_size=self.args.precompute_ref_batch_size or self.args.train_batch_size,
-            cache_dir=self.args.ref_cache_dir,
-            name=name,
-            adapter_off=self._adapter_off(),
-        )
-
     def _start(self) -> dict[str, Any]:
         """The first line of metrics.jsonl, and of the log: what the run starts from."""
         args = self.args
-        chosen, rejected = (torch.tensor(self.train_dataset[column][:]) for column in COLUMNS)
+        chosen, rejected = (torch.tensor(self.train_dataset[column][:]) for column in COLUMNS)  # type: ignore[index]
         margins = (args.alpha - 1) * args.beta * (chosen - rejected)
         start = {
             "pairs": len(margins),
@@ -269,7 +266,7 @@ def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
 
 def bare(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a peft wrapper."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(f"the model must be a transformers PreTrainedModel, got {type(inner).__name__}")
     return inner
@@ -289,9 +286,8 @@ def _disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    for config in {id(c): c for c in (bare(model).config, bare(model).config.get_text_config())}.values():
-        if getattr(config, "attention_dropout", None):
-            config.attention_dropout = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):  # applied by the attention function
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def _check_vocabulary(dataset: Dataset, vocab: int, name: str) -> None:
@@ -309,9 +305,9 @@ def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0 if pad is None else pad  # padding is masked: any id inside the vocabulary will do
 
 
-def _map_datasets(datasets: Any, function: Callable[[Dataset, str], Dataset]) -> Any:
+def _map_datasets(datasets: Any, function: Callable[[Dataset, str], Dataset], name: str) -> Any:
     if datasets is None:
         return None
     if isinstance(datasets, dict):
-        return {name: function(dataset, name) for name, dataset in datasets.items()}
-    return function(datasets, "eval")
+        return {key: function(dataset, key) for key, dataset in datasets.items()}
+    return function(datasets, name)
