@@ -1,0 +1,333 @@
+"""HDPOTrainer: the trajectory of plain PyTorch, resuming, adapters, and what it refuses."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hdpo_kernels import naive
+from hdpo_train import HDPOConfig, HDPOTrainer
+from hdpo_train.data import tokenize_pairs
+from hdpo_train.report import METRICS_FILE, REPORT_FILE, read_metrics
+from tests.train.tiny import make_model, make_records
+
+
+def make_trainer(args, tokenizer, model=None, records=None, **kwargs) -> HDPOTrainer:
+    dataset = Dataset.from_list(make_records() if records is None else records)
+    return HDPOTrainer(model or make_model(), args=args, train_dataset=dataset, processing_class=tokenizer, **kwargs)
+
+
+def losses(output_dir) -> list[float]:
+    return [line["loss"] for line in read_metrics(output_dir) if "loss" in line]
+
+
+def plain_losses(tokenizer, records, model, *, steps, batch, lr, **loss) -> list[float]:
+    """The same training in twenty lines of PyTorch: sequential batches, sequences one by one, full logits."""
+    data = tokenize_pairs(Dataset.from_list(records), tokenizer)
+    sequences = [[(e["prompt_ids"], e[side]) for side in ("chosen_ids", "rejected_ids")] for e in data]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+
+    def logits_of(prompt, completion):
+        ids = torch.tensor([prompt + completion])
+        return model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+
+    def batch_loss(pairs, ref):
+        parts = [logits_of(*sequence) for pair in pairs for sequence in pair]
+        labels = torch.tensor([token for pair in pairs for _, completion in pair for token in completion])
+        cu_seqlens = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)
+        return naive.hdpo_loss(torch.cat(parts), labels, cu_seqlens, ref, **loss)
+
+    batches = [sequences[i : i + batch] for i in range(0, steps * batch, batch)]
+    with torch.no_grad():
+        refs = [batch_loss(pairs, None).logps for pairs in batches]
+    results = []
+    for pairs, ref in zip(batches, refs, strict=True):
+        result = batch_loss(pairs, ref)
+        optimizer.zero_grad()
+        result.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        results.append(result.loss.item())
+    return results
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"alpha": 1.0, "beta": 0.5},
+        {"alpha": 0.8, "beta": 0.3, "label_smoothing": 0.1},
+        {"alpha": 1.2, "beta": 0.5, "loss_type": "ipo", "nll_weight": 0.2},
+        {"alpha": 0.9, "beta": 0.2, "loss_type": "hinge"},
+    ],
+    ids=lambda loss: f"{loss.get('loss_type', 'sigmoid')}-{loss['alpha']}",
+)
+def test_train_follows_plain_pytorch(loss, tokenizer, config):
+    args = config(train_sampling_strategy="sequential", max_steps=3, **loss)
+    make_trainer(args, tokenizer).train()
+    expected = plain_losses(tokenizer, make_records(), make_model(), steps=3, batch=4, lr=1e-3, **loss)
+    assert losses(args.output_dir) == pytest.approx(expected, rel=2e-4, abs=2e-5)
+
+
+def test_train_starts_at_log_two_and_zero_rewards_for_alpha_one(tokenizer, config):
+    args = config(max_steps=1, alpha=1.0)
+    make_trainer(args, tokenizer).train()
+    line = read_metrics(args.output_dir)[1]
+    assert line["loss"] == pytest.approx(0.693147, abs=1e-5)
+    for key in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/initial_margins"):
+        assert abs(line[key]) < 1e-5, key
+
+
+def test_train_starts_at_the_initial_margin_for_other_alphas(tokenizer, config):
+    args = config(max_steps=1, alpha=0.7, per_device_train_batch_size=12)
+    make_trainer(args, tokenizer).train()
+    start, line = read_metrics(args.output_dir)[:2]
+    assert abs(start["initial_margin"]) > 0.05
+    assert line["rewards/margins"] == pytest.approx(start["initial_margin"], rel=1e-4)
+    assert line["rewards/initial_margins"] == pytest.approx(start["initial_margin"], rel=1e-5)
+
+
+def test_train_logs_trl_names_and_leaves_metrics_and_plots(tokenizer, config):
+    args = config(eval_strategy="steps", eval_steps=2)
+    trainer = make_trainer(args, tokenizer, eval_dataset=Dataset.from_list(make_records(5, seed=1)))
+    trainer.train()
+    lines = read_metrics(args.output_dir)
+    names = {
+        "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
+        "logps/rejected", "entropy", "entropy/chosen", "entropy/rejected", "rewards/initial_margins",
+    }  # fmt: skip
+    assert names | {"num_tokens"} <= set(lines[1])
+    evaluation = next(line for line in lines if "eval_loss" in line)
+    assert {f"eval_{name}" for name in names} <= set(evaluation)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert (Path(args.output_dir) / REPORT_FILE).stat().st_size > 10_000
+    # the token mean lies between its two sides, and nothing exceeds the uniform distribution's entropy
+    line = lines[1]
+    low, high = sorted((line["entropy/chosen"], line["entropy/rejected"]))
+    assert 0 < low <= line["entropy"] <= high < torch.tensor(300.0).log()
+
+
+def test_evaluate_weights_pairs_equally_whatever_the_batch_size(tokenizer, config):
+    data = Dataset.from_list(make_records(7, seed=3))
+    results = []
+    for size in (2, 7):
+        args = config(per_device_eval_batch_size=size, alpha=0.8)
+        results.append(HDPOTrainer(make_model(), args=args, eval_dataset=data, processing_class=tokenizer).evaluate())
+    for key in ("eval_loss", "eval_rewards/margins", "eval_entropy", "eval_rewards/accuracies"):
+        assert results[0][key] == pytest.approx(results[1][key], rel=1e-5), key
+
+
+def test_evaluate_refuses_data_without_reference(tokenizer, config):
+    trainer = make_trainer(config(), tokenizer)
+    with pytest.raises(ValueError, match="give this data set as eval_dataset"):
+        trainer.evaluate(Dataset.from_list(make_records()))
+
+
+def test_train_gradient_accumulation_equals_one_large_batch(tokenizer, config):
+    runs = []
+    for size, steps in ((8, 1), (1, 8)):
+        model = make_model()
+        args = config(
+            per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=2, alpha=0.9,
+            train_sampling_strategy="sequential", output_dir=str(Path(config().output_dir) / str(size)),
+        )  # fmt: skip
+        make_trainer(args, tokenizer, model, make_records(16)).train()
+        runs.append((losses(args.output_dir), torch.cat([p.detach().flatten() for p in model.parameters()])))
+    assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-4)
+    assert (runs[0][1] - runs[1][1]).abs().max() < 2e-4  # Adam's first steps are of size lr whatever the gradient's
+
+
+def test_train_resumes_with_the_metrics_of_an_uninterrupted_run(tokenizer, config):
+    whole = config(max_steps=6, save_strategy="steps", save_steps=3)
+    make_trainer(whole, tokenizer, records=make_records(30)).train()
+    expected = [line for line in read_metrics(whole.output_dir) if "loss" in line]
+
+    resumed = make_trainer(whole, tokenizer, records=make_records(30))
+    resumed.train(resume_from_checkpoint=str(Path(whole.output_dir) / "checkpoint-3"))
+    found = [line for line in read_metrics(whole.output_dir) if "loss" in line]
+    assert found == expected
+
+
+def test_train_refuses_a_folder_that_holds_another_run(tokenizer, config):
+    make_trainer(config(), tokenizer).train()
+    before = (Path(config().output_dir) / METRICS_FILE).read_text()
+    with pytest.raises(FileExistsError, match=r"holds another run.*--resume_from_checkpoint.*--overwrite_output_dir"):
+        make_trainer(config(), tokenizer).train()
+    assert (Path(config().output_dir) / METRICS_FILE).read_text() == before
+    make_trainer(config(overwrite_output_dir=True), tokenizer).train()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.json", "optimizer.pt"])
+def test_train_refuses_a_corrupt_checkpoint_and_names_a_whole_one(name, tokenizer, config):
+    args = config(save_strategy="steps", save_steps=2)
+    make_trainer(args, tokenizer).train()
+    broken = Path(args.output_dir) / "checkpoint-4" / name
+    broken.write_bytes(broken.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=rf"checkpoint-4: {name} .*whole checkpoints there: .*checkpoint-2"):
+        make_trainer(args, tokenizer).train(resume_from_checkpoint=True)
+
+
+def test_train_refuses_to_resume_where_there_is_nothing(tokenizer, config):
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        make_trainer(config(), tokenizer).train(resume_from_checkpoint=True)
+
+
+def test_train_stops_at_a_nan_loss(tokenizer, config):
+    class Poison(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data.fill_(float("nan"))
+
+    model = make_model()
+    optimizer = Poison(model.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    with pytest.raises(FloatingPointError, match="loss is nan at step 2"):
+        make_trainer(config(), tokenizer, model, optimizers=(optimizer, scheduler)).train()
+
+
+def test_save_model_loads_with_auto_classes(tokenizer, config, tmp_path):
+    model = make_model("llama-tied")
+    trainer = make_trainer(config(), tokenizer, model)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    ids = torch.arange(10).unsqueeze(0)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").eos_token == "<eos>"
+
+
+def test_train_moves_tied_embeddings_by_head_and_input_gradients(tokenizer, config):
+    args = config(train_sampling_strategy="sequential", max_steps=3, beta=0.5)
+    make_trainer(args, tokenizer, make_model("llama-tied")).train()
+    expected = plain_losses(
+        tokenizer, make_records(), make_model("llama-tied"), steps=3, batch=4, lr=1e-3, alpha=1.0, beta=0.5
+    )
+    assert losses(args.output_dir) == pytest.approx(expected, rel=2e-4, abs=2e-5)
+
+
+def test_init_takes_reference_from_ref_model(tokenizer, config):
+    reference = make_model(seed=1)
+    trainer = make_trainer(config(), tokenizer, ref_model=reference)
+    alone = make_trainer(config(), tokenizer, model=make_model(seed=1))
+    for column in ("ref_chosen_logp", "ref_rejected_logp"):
+        assert trainer.train_dataset[column][:] == pytest.approx(alone.train_dataset[column][:], rel=1e-5)
+
+
+def test_init_disables_dropout(tokenizer, config):
+    model = make_model("gpt2").train()
+    make_trainer(config(), tokenizer, model)
+    assert all(m.p == 0 for m in model.modules() if isinstance(m, torch.nn.Dropout))
+
+
+def test_train_lora_keeps_the_base_model_and_starts_at_it(tokenizer, config, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = make_model()
+    before = {name: p.detach().clone() for name, p in base.named_parameters()}
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    args = config(beta=0.5, learning_rate=1e-2, max_steps=6)
+    trainer = make_trainer(args, tokenizer, base, peft_config=lora)
+    trainer.train()
+    found = losses(args.output_dir)
+    assert found[0] == pytest.approx(0.693147, abs=1e-5) and min(found[1:]) < 0.69
+    after = {name.replace("base_layer.", ""): p for name, p in trainer.model.get_base_model().named_parameters()}
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert {p.name for p in (tmp_path / "adapter").iterdir()} >= {"adapter_model.safetensors", "adapter_config.json"}
+
+
+def test_train_lora_caches_the_reference_whatever_the_adapters_seed(tokenizer, config, monkeypatch):
+    peft = pytest.importorskip("peft")
+    from hdpo_train import reference
+
+    passes, compute = [], reference._compute
+    monkeypatch.setattr(reference, "_compute", lambda *args: passes.append(1) or compute(*args))
+    for seed in (0, 1):
+        lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        make_trainer(config(seed=seed), tokenizer, peft_config=lora)
+    assert len(passes) == 1
+
+
+def test_init_with_a_peft_model_takes_its_adapter_as_reference(tokenizer, config):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peft.get_peft_model(make_model(), lora)
+    args = config(max_steps=1)
+    make_trainer(args, tokenizer, model).train()
+    assert losses(args.output_dir)[0] == pytest.approx(0.693147, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": 0.0}, "alpha must be a positive number, got 0.0"),
+        ({"beta": -0.1}, "beta must be a positive number, got -0.1"),
+        ({"loss_type": "dpo"}, "loss_type must be one of sigmoid, hinge, ipo; got 'dpo'"),
+        ({"label_smoothing": 0.5}, r"in \[0, 0.5\); got 0.5"),
+        ({"label_smoothing_factor": 0.1}, "use label_smoothing"),
+        ({"on_bad_record": "ignore"}, "'stop' or 'drop', got 'ignore'"),
+        ({"max_length": 0}, "max_length must be positive or None, got 0"),
+    ],
+)
+def test_config_refuses_values_out_of_range(options, message, config):
+    with pytest.raises(ValueError, match=message):
+        config(**options)
+
+
+def test_init_refuses_what_cannot_be_trained(tokenizer, config):
+    with pytest.raises(ValueError, match="neither train_dataset nor eval_dataset"):
+        HDPOTrainer(make_model(), args=config(), processing_class=tokenizer)
+    model = make_model()
+    with pytest.raises(ValueError, match="ref_model is the model itself"):
+        make_trainer(config(), tokenizer, model, ref_model=model)
+    with pytest.raises(TypeError, match="args must be an HDPOConfig"):
+        from transformers import TrainingArguments
+
+        make_trainer(TrainingArguments(output_dir="x", use_cpu=True), tokenizer)
+    with pytest.raises(ValueError, match=r"no tokenizer can be loaded from .*save_pretrained"):
+        HDPOTrainer(model, args=config(), train_dataset=Dataset.from_list(make_records()))
+
+
+def test_init_refuses_a_tokenizer_larger_than_the_head(tokenizer, config):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **small))
+    with pytest.raises(ValueError, match=r"token id \d+, but the model's head has 50 entries"):
+        make_trainer(config(), tokenizer, model)
+
+
+def test_init_counts_bad_records_and_drops_them_on_request(tokenizer, config, caplog):
+    records = [*make_records(4), {"prompt": "a", "chosen": "", "rejected": "b"}]
+    with pytest.raises(ValueError, match=r"1 of the 5 records.*\n.*record 5"):
+        make_trainer(config(), tokenizer, records=records)
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(config(on_bad_record="drop"), tokenizer, records=records)
+    assert len(trainer.train_dataset) == 4 and "record 5" in caplog.text
+
+
+def test_train_in_bf16_autocast_starts_at_zero_rewards(tokenizer, config):
+    """Reference and policy run in the same precision: nothing of bf16 is left in the rewards of step 0."""
+    args = config(max_steps=1, bf16=True)
+    make_trainer(args, tokenizer).train()
+    line = read_metrics(args.output_dir)[1]
+    assert abs(line["rewards/margins"]) < 5e-3
+    assert line["loss"] == pytest.approx(0.693147, abs=3e-3)
+
+
+def test_metrics_file_survives_a_cut_last_line(tokenizer, config):
+    args = config(max_steps=4, save_strategy="steps", save_steps=2)
+    make_trainer(args, tokenizer).train()
+    path = Path(args.output_dir) / METRICS_FILE
+    path.write_text(path.read_text()[:-15])
+    make_trainer(args, tokenizer).train(resume_from_checkpoint=str(Path(args.output_dir) / "checkpoint-2"))
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3, 4, 4]
+
+
+def test_config_defaults_are_safe():
+    args = HDPOConfig(output_dir="x", use_cpu=True)
+    assert args.bf16 is False and args.logging_nan_inf_filter is False and args.alpha == 1.0
