@@ -208,9 +208,8 @@ class _Encoder:
         self.anchors = anchors if adds_space else {"": []}
 
     def _ids(self, text: str | list[str], special: bool) -> list:
-        # spelled out, because a tokenizer's file may have switched on both
-        options = {"padding": False, "truncation": False, "return_attention_mask": False, "verbose": False}
-        return self.tokenizer(text, add_special_tokens=special, **options)["input_ids"]
+        # not verbose: a text longer than the model takes will be cut
+        return self.tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
 
     def pairs(self, texts: list[tuple[str, str, str] | BadRecord]) -> list[Pair | BadRecord]:
         """Ids of prompt, chosen and rejected of each triple of texts."""

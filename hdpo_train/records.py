@@ -159,8 +159,9 @@ def _messages(value: Any) -> list[dict[str, Any]]:
         for message in value
     ):
         raise BadRecord("prompt, chosen or rejected is missing or not a list of {role, content} messages")
-    # Arrow gives every message the keys of all messages; a template may ask whether a key is there
-    return [{k: v for k, v in message.items() if v is not None or k == "content"} for message in value]
+    # Arrow gives a message the keys of all messages of its column, so that the same message may differ in chosen and
+    # rejected; and a template may ask whether a key is there
+    return [{key: part for key, part in message.items() if part is not None} for message in value]
 
 
 def _shared_length(a: Sequence[Any], b: Sequence[Any]) -> int:
