@@ -20,7 +20,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from hdpo_train import records
-from hdpo_train.records import BadRecord, load_records
+from hdpo_train.records import BadRecord, described, load_records
 
 __all__ = ["PairCollator", "load_records", "tokenize_pairs"]
 
@@ -82,7 +82,8 @@ def tokenize_pairs(
         raise ValueError(f"max_length={max_length}: must be at least 2, a token of prompt and one of completion")
     if max_prompt_length is not None and max_prompt_length < 1:
         raise ValueError(f"max_prompt_length={max_prompt_length}: must be at least 1")
-    form = _form(dataset, tokenizer, name)
+    where = described(dataset, name)
+    form = _form(dataset, tokenizer, where)
     tokenized = dataset.with_format(None).map(
         _tokenize_batch,
         batched=True,
@@ -104,7 +105,7 @@ def tokenize_pairs(
     good = [index for index, kind in enumerate(kinds) if kind is None]
     if len(good) == len(kinds):
         return tokenized
-    summary = _summary(kinds, name)
+    summary = _summary(kinds, where)
     if not good:
         raise ValueError(f"{summary}\nNo record is left.")
     if on_bad_record == "stop":
@@ -113,22 +114,22 @@ def tokenize_pairs(
     return tokenized.select(good)
 
 
-def _form(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> Literal["ids", "messages", "strings"]:
+def _form(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, where: str) -> Literal["ids", "messages", "strings"]:
     """The form of the records; raises if the columns or the tokenizer allow for none."""
     columns = dataset.column_names
     if not len(dataset):
-        raise ValueError(f"the {name} data set has no records")
+        raise ValueError(f"the {where} has no records")
     if set(_IDS) <= set(columns):
         return "ids"
     if missing := [column for column in ("chosen", "rejected") if column not in columns]:
         raise ValueError(
-            f"the {name} data set has no column {' and no column '.join(missing)}; it has {', '.join(columns)}. Needed "
+            f"the {where} has no column {' and no column '.join(missing)}; it has {', '.join(columns)}. Needed "
             "are prompt, chosen and rejected; or chosen and rejected that begin with the prompt; or " + ", ".join(_IDS)
         )
     if isinstance(next((chosen for chosen in dataset["chosen"] if chosen is not None), None), list):
         if not tokenizer.chat_template:
             raise ValueError(
-                f"the {name} data set has messages, but the tokenizer has no chat template: set "
+                f"the {where} has messages, but the tokenizer has no chat template: set "
                 "tokenizer.chat_template, use the tokenizer of a chat model, or give prompt and completions as strings"
             )
         return "messages"
@@ -140,12 +141,12 @@ def _form(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> Li
     return "strings"
 
 
-def _summary(kinds: list[str | None], name: str) -> str:
+def _summary(kinds: list[str | None], where: str) -> str:
     numbers = defaultdict(list)
     for number, kind in enumerate(kinds, 1):
         if kind is not None:
             numbers[kind].append(number)
-    lines = [f"{sum(map(len, numbers.values()))} of the {len(kinds)} records of the {name} data set cannot be used:"]
+    lines = [f"{sum(map(len, numbers.values()))} of the {len(kinds)} records of the {where} cannot be used:"]
     for kind, found in sorted(numbers.items(), key=lambda item: -len(item[1])):
         shown = ", ".join(map(str, found[:_NUMBERS_SHOWN])) + (", ..." if len(found) > _NUMBERS_SHOWN else "")
         lines.append(f"  {len(found)} x {kind}: record{'s' if len(found) > 1 else ''} {shown}")

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 EMPTY = "chosen or rejected is empty"
 _FORMATS = {".jsonl": "json", ".jsonl.gz": "json", ".json": "json", ".json.gz": "json", ".parquet": "parquet"}
 _ENDINGS = ", ".join(_FORMATS)
+_SOURCE = "records of "
 
 
 class BadRecord(Exception):
@@ -38,6 +39,19 @@ def load_records(name: str, split: str = "train", config: str | None = None) -> 
         FileNotFoundError: there is no such file, folder or hub data set, or the folder holds no such file.
         ValueError: the file is empty, malformed (names file and line) or of another type, or has no such split.
     """
+    dataset = _find(name, split, config)
+    dataset.info.description = _SOURCE + name  # a Dataset does not know its file; messages about it should
+    return dataset
+
+
+def described(dataset: Dataset, name: str) -> str:
+    """What to call a data set in a message: by its name, and by its file or hub id where that is known."""
+    description = dataset.info.description or ""
+    source = description.removeprefix(_SOURCE) if description.startswith(_SOURCE) else ""
+    return f"{name} data set ({source})" if source else f"{name} data set"
+
+
+def _find(name: str, split: str, config: str | None) -> Dataset:
     path = Path(name).expanduser()
     if path.is_file():
         builder = _builder(path)

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
+logger = logging.get_logger(__name__)
 METRICS_FILE, REPORT_FILE = "metrics.jsonl", "report.png"
 
 
@@ -31,7 +33,10 @@ class RunReport(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            draw(str(args.output_dir))
+            try:
+                draw(str(args.output_dir))
+            except Exception as error:  # a plot that fails must not lose the model that is saved next
+                logger.warning(f"{REPORT_FILE} could not be drawn: {error!r}")
 
 
 def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
@@ -56,10 +61,7 @@ def write_metrics(output_dir: str | Path, lines: list[dict[str, Any]]) -> None:
 
 def draw(output_dir: str | Path) -> Path:
     """report.png from metrics.jsonl: loss, rewards and margins, accuracy, entropy over steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
     start, *lines = read_metrics(output_dir)
     panels = {
@@ -68,15 +70,16 @@ def draw(output_dir: str | Path) -> Path:
         "Reward accuracy": ["rewards/accuracies"],
         "Entropy, nats per token": ["entropy/chosen", "entropy/rejected"],
     }
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True, constrained_layout=True)
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True)
     for axis, (title, keys) in zip(axes.flat, panels.items(), strict=True):
         for key in keys:
-            for prefix, style in (("", "-"), ("eval_", "o--")):
+            for prefix, line_style in (("", "-"), ("eval_", "--")):
                 points = [(line["step"], line[prefix + key]) for line in lines if prefix + key in line]
                 if points:
                     label = prefix.replace("_", " ") + key.rsplit("/", 1)[-1]
-                    # a single point is invisible as a line
-                    axis.plot(*zip(*points, strict=True), style + ("o" if len(points) == 1 else ""), label=label)
+                    marker = "o" if prefix or len(points) == 1 else ""  # a single point is invisible as a line
+                    axis.plot(*zip(*points, strict=True), line_style + marker, label=label)
         axis.set_title(title)
         axis.grid(alpha=0.3)
         if axis.lines:
@@ -90,5 +93,4 @@ def draw(output_dir: str | Path) -> Path:
         )
     path = Path(output_dir) / REPORT_FILE
     figure.savefig(path, dpi=130)
-    plt.close(figure)
     return path

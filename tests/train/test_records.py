@@ -131,8 +131,11 @@ def test_load_records_folder_without_records(tmp_path):
 
 def test_load_records_asks_the_hub_for_other_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(records, "load_dataset", lambda *args, **kwargs: (args, kwargs))
-    assert load_records("some/prefs", "test", "en") == (("some/prefs", "en"), {"split": "test"})
+    asked = []
+    dataset = Dataset.from_list([{"chosen": "a"}])
+    monkeypatch.setattr(records, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or dataset)
+    assert load_records("some/prefs", "test", "en") is dataset
+    assert asked == [(("some/prefs", "en"), {"split": "test"})]
 
     def absent(*args, **kwargs):
         raise ConnectionError("no route")
