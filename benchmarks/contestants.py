@@ -36,7 +36,8 @@ def make_problem(rows: int, vocab: int, width: int, sequences: int, device: str,
 
 
 def _gradients(loss: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    return loss.detach(), *torch.autograd.grad(loss, (problem.hidden, problem.weight))
+    d_hidden, d_weight = torch.autograd.grad(loss, (problem.hidden, problem.weight))
+    return loss.detach(), d_hidden, d_weight
 
 
 def ours(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
