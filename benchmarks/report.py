@@ -5,7 +5,6 @@ from pathlib import Path
 from benchmarks.harness import RESULTS, read
 
 README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 # (question, contestant, metric) -> what the README calls it
 CPU_LINES = {
     ("loss", "hdpo_kernels", "time / three GEMMs"): "forward + backward, as a multiple of its three bare GEMMs",
@@ -48,11 +47,19 @@ def table(folder: Path = RESULTS) -> str:
     return "\n".join(lines).rstrip()
 
 
+def filled_in(text: str) -> str:
+    """The README's text with what stands between its markers written anew."""
+    quickstart = RESULTS / "quickstart.md"
+    contents = {"benchmarks": table(), "quickstart": quickstart.read_text(encoding="utf-8").strip()}
+    for name, content in contents.items():
+        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+        before, rest = text.split(begin)
+        text = before + begin + content + "\n" + end + rest.split(end)[1]
+    return text
+
+
 def main() -> None:
-    text = README.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}", encoding="utf-8")
+    README.write_text(filled_in(README.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

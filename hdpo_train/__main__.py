@@ -89,6 +89,12 @@ def train(script: ScriptArguments, args: HDPOConfig) -> HDPOTrainer:
         processing_class=tokenizer,
         peft_config=_lora(script) if script.use_peft else None,
     )
+    if trainer.is_world_process_zero():
+        start = trainer.start
+        print(
+            f"{start['pairs']} pairs. Margin before training (0 for α = 1): mean {start['initial_margin']:+.3f}, "
+            f"largest {start['initial_margin_largest']:.3f}"
+        )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():

@@ -134,7 +134,8 @@ class HDPOTrainer(Trainer):
         self.train_dataset = _map_datasets(self.train_dataset, refer, "train")
         self.eval_dataset = _map_datasets(self.eval_dataset, refer, "eval")
         if self.train_dataset is not None:
-            self.add_callback(RunReport(self._start()))
+            self.start = self._start()
+            self.add_callback(RunReport(self.start))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; resume_from_checkpoint: a checkpoint folder, or True for the last one in output_dir.
@@ -229,11 +230,11 @@ class HDPOTrainer(Trainer):
         return metrics
 
     def _start(self) -> dict[str, Any]:
-        """The first line of metrics.jsonl, and of the log: what the run starts from."""
+        """The first line of metrics.jsonl: what the run starts from."""
         args = self.args
         chosen, rejected = (torch.tensor(self.train_dataset[column][:]) for column in COLUMNS)  # type: ignore[index]
         margins = (args.alpha - 1) * args.beta * (chosen - rejected)
-        start = {
+        return {
             "pairs": len(margins),
             "alpha": args.alpha,
             "beta": args.beta,
@@ -241,11 +242,6 @@ class HDPOTrainer(Trainer):
             "initial_margin": margins.mean().item(),
             "initial_margin_largest": margins.abs().max().item(),
         }
-        logger.info(
-            f"{len(margins)} pairs; margin before training (α - 1)β(ρ_w - ρ_l): mean {start['initial_margin']:+.3f}, "
-            f"largest {start['initial_margin_largest']:.3f}"
-        )
-        return start
 
 
 def load_model(name: str, init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:

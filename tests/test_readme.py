@@ -1,0 +1,84 @@
+"""Every command and snippet of the README runs, and its tables are those of the result files."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.train.tiny import make_model, make_records
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the README's commands name: a model, pairs.jsonl, run.yaml."""
+    from tests.train.conftest import tokenizer
+
+    folder = tmp_path_factory.mktemp("readme")
+    make_model().save_pretrained(folder / "model")
+    tokenizer.__wrapped__().save_pretrained(folder / "model")
+    records = [*make_records(), json.loads(blocks("json")[0])]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    options = ["model_name_or_path: model", "dataset_name: pairs.jsonl", "output_dir: from-yaml", "max_steps: 1"]
+    (folder / "run.yaml").write_text("\n".join(options))
+    return folder
+
+
+def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {"PATH": "/usr/bin:/bin", "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "2", "HOME": str(folder)}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_readme_make_commands_exist():
+    commands = [line for line in blocks("bash")[0].splitlines() if line]
+    assert commands == ["make demo", "make test"]
+    for command in commands:
+        subprocess.run([*command.split(), "-n"], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_readme_training_commands_run_in_order(folder):
+    for line in blocks("bash")[1].splitlines():
+        name, *arguments = shlex.split(line)
+        assert name == "hdpo-train"
+        result = python(folder, "-m", "hdpo_train", *arguments)
+        assert result.returncode == 0, f"{line}\n{result.stderr[-2000:]}"
+    assert (folder / "out" / "report.png").exists() and (folder / "from-yaml" / "model.safetensors").exists()
+
+
+def test_readme_snippet_of_the_kernels_runs(folder):
+    (snippet,) = blocks("python")
+    result = python(folder, "-c", snippet)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "tensor(" in result.stdout
+
+
+def test_readme_diff_for_trl_users_runs(folder):
+    (diff,) = blocks("diff")
+    after = "\n".join(line[1:] for line in diff.splitlines() if line[:1] in "+ ")
+    result = python(folder, "-c", after.replace('"out"', '"out-diff"'))
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (folder / "out-diff" / "metrics.jsonl").exists()
+
+
+def test_readme_file_map_is_complete():
+    listed = set(re.findall(r"(\w+\.py)\b", README.split("## Files")[1].split("## Training")[0]))
+    for package in ("hdpo_kernels", "hdpo_train"):
+        for path in (ROOT / package).glob("*.py"):
+            assert path.name in listed | {"__init__.py"}, f"{package}/{path.name} is not in the README's file map"
+
+
+def test_readme_tables_are_those_of_the_results():
+    from benchmarks import report
+
+    assert report.filled_in(README) == README, "run: python -m benchmarks.report"
