@@ -95,6 +95,12 @@ class HDPOConfig(TrainingArguments):
             raise ValueError(f"on_bad_record must be 'stop' or 'drop', got {self.on_bad_record!r}")
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor smooths token labels; for flipped preferences use label_smoothing")
+        liger = self.liger_kernel_config if isinstance(self.liger_kernel_config, dict) else {}
+        if self.use_liger_kernel and liger.get("fused_linear_cross_entropy") is not False:
+            raise ValueError(
+                "use_liger_kernel replaces the model's forward, where the loss is computed; keep its other kernels by "
+                "liger_kernel_config={'fused_linear_cross_entropy': False, 'cross_entropy': False}"
+            )
         for name in ("max_length", "max_prompt_length", "chunk_bytes", "precompute_ref_batch_size"):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -63,6 +63,14 @@ def attach_loss(model: PreTrainedModel, loss_kwargs: dict[str, Any]) -> None:
     model.forward = types.MethodType(forward, model)
 
 
+def bare(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a peft wrapper."""
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(f"the model must be a transformers PreTrainedModel, got {type(inner).__name__}")
+    return inner
+
+
 def head_of(model: PreTrainedModel) -> nn.Linear:
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):

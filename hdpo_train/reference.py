@@ -5,10 +5,11 @@ template, data and lengths), precision and attention. A file is written beside i
 and carries a checksum; what does not match is computed again, and said so.
 """
 
+import contextlib
 import hashlib
+import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,15 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from hdpo_train.data import PairCollator
-from hdpo_train.head import PairBatch
+from hdpo_train.head import PairBatch, bare
 
 logger = logging.get_logger(__name__)
 COLUMNS = ("ref_chosen_logp", "ref_rejected_logp")
 _FORMAT = "1"  # of the cache file
+# what of a config does not change log-probs: where it came from, and what other code sets on it on the way
+_NOT_THE_FUNCTION = (
+    "_name_or_path", "transformers_version", "use_cache", "dtype", "pad_token_id", "bos_token_id", "eos_token_id",
+)  # fmt: skip
 
 
 def with_reference(
@@ -40,18 +45,18 @@ def with_reference(
     batch_size: int,
     cache_dir: str | None,
     name: str,
-    adapter_off: AbstractContextManager,
+    without_adapter: bool = False,
 ) -> Dataset:
     """The data set with columns ref_chosen_logp and ref_rejected_logp (nats, sums over the completion).
 
     dataset: prompt_ids, chosen_ids, rejected_ids. model: the reference, taught the loss by `head.attach_loss`; it runs
-    in eval mode under the accelerator's autocast, which is what training runs under. adapter_off: entered around it
-    (peft's disable_adapter). batch_size: pairs. cache_dir None: hdpo_reference in the Hugging Face cache.
+    in eval mode under the accelerator's autocast, which is what training runs under. without_adapter:
+    the reference is a peft model's base. batch_size: pairs. cache_dir None: hdpo_reference in the Hugging Face cache.
     """
     if set(COLUMNS) <= set(dataset.column_names):
         return dataset
-    with adapter_off:
-        key = cache_key(dataset, model, accelerator.mixed_precision)
+    with model.disable_adapter() if without_adapter else contextlib.nullcontext():  # type: ignore[operator]
+        key = cache_key(dataset, model, accelerator.mixed_precision, without_adapter)
         path = Path(cache_dir or Path(HF_HOME) / "hdpo_reference").expanduser() / f"{key[:32]}.safetensors"
         logps = _read(path, key, len(dataset))
         if accelerator.num_processes > 1:  # all ranks read it, or all compute
@@ -69,24 +74,22 @@ def with_reference(
     return dataset
 
 
-def cache_key(dataset: Dataset, model: nn.Module, precision: str) -> str:
-    """SHA-256 over weights, token ids, precision and attention implementation."""
-    digest = hashlib.sha256(f"{_FORMAT} {precision} {_attention(model)}".encode())
-    for name, tensor in sorted(_weights(model)):
+def cache_key(dataset: Dataset, model: nn.Module, precision: str, without_adapter: bool = False) -> str:
+    """SHA-256 over weights, config, token ids, precision and attention implementation."""
+    config: Any = bare(model).config
+    settings = {key: value for key, value in config.to_dict().items() if key not in _NOT_THE_FUNCTION}
+    digest = hashlib.sha256(f"{_FORMAT} {precision} {config._attn_implementation}".encode())
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    # An adapter that is off must not change the key: its initial values are random.
+    adapter = str(model.base_model.prefix) if without_adapter else None  # type: ignore[union-attr]
+    for name, tensor in sorted(model.state_dict().items()):
+        if adapter is not None and adapter in name:
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
     for batch in dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).iter(batch_size=1000):
         digest.update(repr(batch).encode())
     return digest.hexdigest()
-
-
-def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    # Adapters are off while the reference runs; their random initial values must not change the key.
-    return ((n, t) for n, t in model.state_dict().items() if "lora_" not in n and isinstance(t, Tensor))
-
-
-def _attention(model: nn.Module) -> str:
-    return str(getattr(getattr(model, "config", None), "_attn_implementation", None))
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """HDPOTrainer: transformers.Trainer with the H-DPO loss, packed batches and a reference that is never in memory."""
 
-import contextlib
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import pairwise
@@ -22,7 +21,7 @@ from transformers.utils import logging
 from hdpo_kernels import HDPOLoss
 from hdpo_train.config import HDPOConfig
 from hdpo_train.data import PairCollator, tokenize_pairs
-from hdpo_train.head import attach_loss, head_of
+from hdpo_train.head import attach_loss, bare, head_of
 from hdpo_train.output_dir import checkpoint_to_resume, claim_output_dir
 from hdpo_train.reference import COLUMNS, model_inputs, with_reference
 from hdpo_train.report import RunReport
@@ -70,6 +69,8 @@ class HDPOTrainer(Trainer):
             raise TypeError(f"args must be an HDPOConfig, got {type(args).__name__}")
         if train_dataset is None and eval_dataset is None:
             raise ValueError("neither train_dataset nor eval_dataset given")
+        if trainer_kwargs.get("compute_metrics") is not None:
+            raise ValueError("compute_metrics needs logits, which this trainer never holds; use a callback instead")
         if ref_model is not None and ref_model is model:
             raise ValueError("ref_model is the model itself; leave it out to use the policy as it is now as reference")
         name = model if isinstance(model, str) else bare(model).config._name_or_path
@@ -109,6 +110,11 @@ class HDPOTrainer(Trainer):
             optimizers=optimizers,
             **trainer_kwargs,
         )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs in one process would be nn.DataParallel, which cannot split packed pairs: "
+                "start one process per GPU (accelerate launch -m hdpo_train, or torchrun), or set CUDA_VISIBLE_DEVICES"
+            )
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch's pairs, and
         self.loss_is_scaled_for_ga = False  # Trainer divides it by the number of accumulation steps
         self._sums: dict[str, list[Tensor]] = defaultdict(list)  # per mode: one vector per batch, see _SUMS
@@ -119,7 +125,6 @@ class HDPOTrainer(Trainer):
             attach_loss(bare(each), args.loss_kwargs())
 
         def refer(dataset: Dataset, name: str) -> Dataset:
-            adapter_off = peft_config is not None and reference is policy
             return with_reference(
                 dataset,
                 reference,
@@ -128,7 +133,7 @@ class HDPOTrainer(Trainer):
                 batch_size=args.precompute_ref_batch_size or args.train_batch_size,
                 cache_dir=args.ref_cache_dir,
                 name=name,
-                adapter_off=policy.disable_adapter() if adapter_off else contextlib.nullcontext(),
+                without_adapter=peft_config is not None and reference is policy,
             )
 
         self.train_dataset = _map_datasets(self.train_dataset, refer, "train")
@@ -258,14 +263,6 @@ def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
             f"no tokenizer can be loaded from {name!r} ({error}); save one there (tokenizer.save_pretrained), "
             "or pass it as processing_class"
         ) from error
-
-
-def bare(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a peft wrapper."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    if not isinstance(inner, PreTrainedModel):
-        raise TypeError(f"the model must be a transformers PreTrainedModel, got {type(inner).__name__}")
-    return inner
 
 
 def _add_adapter(model: Any, peft_config: Any) -> Any:

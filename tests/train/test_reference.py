@@ -1,6 +1,5 @@
 """Reference log-probs: right, and a cache that is used when it fits and never otherwise."""
 
-import contextlib
 import logging
 
 import pytest
@@ -36,7 +35,7 @@ def refer(tmp_path, monkeypatch):
     def run(dataset, model, batch_size=3):
         return reference.with_reference(
             dataset, model, accelerator=Accelerator(cpu=True), collator=PairCollator(1), batch_size=batch_size,
-            cache_dir=str(tmp_path / "cache"), name="train", adapter_off=contextlib.nullcontext(),
+            cache_dir=str(tmp_path / "cache"), name="train",
         )  # fmt: skip
 
     return run, passes, tmp_path / "cache"
@@ -72,7 +71,9 @@ def test_with_reference_recomputes_for_other_weights_data_or_lengths(dataset, po
     with torch.no_grad():
         policy.model.norm.weight[3] += 1e-3
     run(dataset, policy)
-    assert len(passes) == 4
+    policy.config.rope_parameters = {**policy.config.rope_parameters, "rope_theta": 500.0}
+    run(dataset, policy)
+    assert len(passes) == 5
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "other key"])

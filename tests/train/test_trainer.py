@@ -261,6 +261,25 @@ def test_init_with_a_peft_model_takes_its_adapter_as_reference(tokenizer, config
     assert losses(args.output_dir)[0] == pytest.approx(0.693147, abs=1e-5)
 
 
+def test_init_does_not_take_one_adapters_cache_for_anothers(tokenizer, config):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    found = []
+    for seed in (0, 1):
+        base = make_model()
+        torch.manual_seed(seed)
+        trainer = make_trainer(config(), tokenizer, peft.get_peft_model(base, lora))
+        found.append(trainer.train_dataset["ref_chosen_logp"][:])
+    assert found[0] != pytest.approx(found[1], rel=1e-3)
+
+
+def test_init_refuses_what_it_would_have_to_ignore(tokenizer, config):
+    with pytest.raises(ValueError, match="compute_metrics needs logits"):
+        make_trainer(config(), tokenizer, compute_metrics=lambda prediction: {})
+    with pytest.raises(ValueError, match="fused_linear_cross_entropy"):
+        config(use_liger_kernel=True)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
