@@ -1,0 +1,21 @@
+"""Preference pairs from the model's own answers: a right one is preferred to a wrong one."""
+
+import random
+
+from hdpo_train.evaluate import Samples
+from hdpo_train.quickstart import task
+
+
+def judge(prompts: list[str], samples: Samples, per_prompt: int, seed: int) -> list[dict[str, str]]:
+    """At most `per_prompt` records for each prompt, no answer used twice; prompts with right or wrong only give none."""
+    rng = random.Random(seed)
+    records = []
+    for prompt, answers in zip(prompts, samples.answers, strict=True):
+        unique = sorted(set(filter(None, answers)))
+        rng.shuffle(unique)
+        right = [answer for answer in unique if task.is_right(prompt, answer)]
+        wrong = [answer for answer in unique if not task.is_right(prompt, answer)]
+        for chosen, rejected in list(zip(right, wrong, strict=False))[:per_prompt]:
+            records.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    rng.shuffle(records)
+    return records

@@ -1,0 +1,58 @@
+"""The task: string beads of given colours, in any order. Many right answers, and a program can check them.
+
+    prompt   "3 red 1 blue 2 gold:"       answer   " red gold red red blue gold"      (or any of the other 59 right ones)
+"""
+
+import itertools
+import math
+import random
+from collections import Counter
+
+COLOURS = ("red", "blue", "green", "gold", "black", "white", "pink", "grey")
+MOST = 4  # beads of one colour
+EXPLANATION = "String beads of the given colours in any order: '{prompt}' has {count} right answers, such as '{answer}'."
+
+
+def all_prompts() -> list[str]:
+    """Every choice of three colours, in order, with one to four beads of each."""
+    choices = itertools.permutations(COLOURS, 3)
+    return [
+        " ".join(f"{n} {colour}" for n, colour in zip(counts, colours, strict=True)) + ":"
+        for colours in choices
+        for counts in itertools.product(range(1, MOST + 1), repeat=3)
+    ]
+
+
+def split_prompts(num_held_out: int, seed: int) -> tuple[list[str], list[str]]:
+    """(training, held-out) prompts: no set of beads is in both, in whatever order its colours are named."""
+    prompts = all_prompts()
+    random.Random(seed).shuffle(prompts)
+    held_out: list[str] = []
+    sets: set[frozenset] = set()
+    for prompt in prompts:
+        if len(held_out) < num_held_out and _beads(prompt) not in sets:
+            held_out.append(prompt)
+            sets.add(_beads(prompt))
+    return [prompt for prompt in prompts if _beads(prompt) not in sets], held_out
+
+
+def is_right(prompt: str, answer: str) -> bool:
+    return Counter(answer.split()) == Counter(dict(_beads(prompt)))
+
+
+def count_right(prompt: str) -> int:
+    """Number of right answers: the orders of the beads, those of one colour being alike."""
+    counts = [n for _, n in _beads(prompt)]
+    return math.factorial(sum(counts)) // math.prod(math.factorial(n) for n in counts)
+
+
+def demonstrate(prompt: str, rng: random.Random) -> str:
+    """A right answer in random order."""
+    beads = [colour for colour, n in sorted(_beads(prompt)) for _ in range(n)]
+    rng.shuffle(beads)
+    return "".join(f" {colour}" for colour in beads)
+
+
+def _beads(prompt: str) -> frozenset:
+    words = prompt.rstrip(":").split()
+    return frozenset((colour, int(n)) for n, colour in zip(words[::2], words[1::2], strict=True))
