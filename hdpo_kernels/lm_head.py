@@ -39,7 +39,8 @@ class LMHead:
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: HeadOptions, with_grad: bool
     ) -> None:
-        self.hidden, self.weight, self.bias, self.labels = hidden, weight, bias, labels.contiguous()
+        self.hidden, self.weight, self.labels = hidden, weight, labels.contiguous()
+        self.bias = None if bias is None else bias.contiguous()
         self.options, self.with_grad = options, with_grad
         num_rows, vocab = hidden.shape[0], weight.shape[0]
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
