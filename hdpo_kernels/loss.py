@@ -159,7 +159,7 @@ class LinearHDPOLoss(torch.autograd.Function):
         d_hidden, grads = ctx.d_hidden, (None, None)
         if d_hidden is not None:
             row_scale = (d_loss * ctx.coefficients)[sequence_of_row(ctx.cu_seqlens, d_hidden.device)]
-            d_hidden = d_hidden.mul_(row_scale.unsqueeze(1)).to(ctx.dtypes[0])
+            d_hidden = d_hidden.to(ctx.dtypes[0]).mul_(row_scale.unsqueeze(1))
         if ctx.d_weight is not None:
             grads = ctx.d_weight.times(d_loss, ctx.dtypes[1:])
         ctx.d_hidden = ctx.d_weight = ctx.coefficients = None

@@ -26,7 +26,8 @@ HEAD_FAULTS = {
     "negative softcap": ({"softcap": -1.0}, ValueError, "softcap must be a positive number or None, got -1.0"),
     "logit_scale of zero": ({"logit_scale": 0.0}, ValueError, "logit_scale must be a finite number .*got 0.0"),
     "logit_scale of NaN": ({"logit_scale": float("nan")}, ValueError, "logit_scale must be a finite number .*got nan"),
-    "chunk_bytes of zero": ({"chunk_bytes": 0}, ValueError, "chunk_bytes must be positive, or None .*got 0"),
+    "chunk_bytes of zero": ({"chunk_bytes": 0}, ValueError, "chunk_bytes must be a positive int.* or None .*got 0"),
+    "chunk_bytes of a float": ({"chunk_bytes": 1e3}, ValueError, "chunk_bytes must be a positive int.* got 1000.0"),
     "unknown gradient": ({"gradient": "filtered"}, ValueError, "gradient must be 'exact'.* got 'filtered'"),
 }  # fmt: skip
 

@@ -57,6 +57,15 @@ def test_linear_logp_of_two_logits_is_logsigmoid():
     torch.testing.assert_close(token.entropy, -(p * p.log() + (1 - p) * (1 - p).log()))
 
 
+def test_linear_logp_transforms_logits_by_bias_then_scale_then_softcap():
+    inputs = small_inputs(masked=0.0)
+    bias = torch.randn(7, dtype=torch.float64)
+    logits = 3.0 * torch.tanh(0.5 * (inputs.hidden @ inputs.weight.T + bias) / 3.0)
+    expected = logits.softmax(1).log()[range(10), inputs.labels]
+    token = naive.linear_logp(*inputs[:3], bias=bias, softcap=3.0, logit_scale=0.5)
+    torch.testing.assert_close(token.logp, expected)
+
+
 def test_linear_logp_softcap_bounds_logits():
     # Logits ±1e4 are capped to ±2: log-probability −log(1 + e⁻⁴), in closed form.
     hidden, weight = torch.tensor([[1e4]], dtype=torch.float64), torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
@@ -147,7 +156,7 @@ def test_pair_loss_ipo_and_nll_are_normalised_by_length():
 
 
 def test_pair_loss_label_smoothing_mixes_the_loss_of_the_swapped_pair():
-    logps = torch.tensor([-6.0, -8.0, -3.0, -1.0], dtype=torch.float64)
+    logps = torch.tensor([-6.0, -8.0, -3.0, -2.5], dtype=torch.float64)
     swapped = logps[[1, 0, 3, 2]]
     lengths = torch.tensor([3, 2, 1, 1])
     for loss_type in ("sigmoid", "hinge", "ipo"):

@@ -159,20 +159,19 @@ def test_row_stats_gradient_has_no_denormal_numbers():
 
 
 def test_row_stats_address_more_than_2_to_the_31_numbers(tmp_path):
-    """Three rows 2³⁰ + 16 numbers apart, in a sparse file: a 32-bit offset of the last one would be negative."""
+    """Three rows 2³⁰ + 16 numbers apart, in a sparse file: a 32-bit offset of the last would be 32 − 2³¹."""
     from hdpo_kernels.rows import triton as triton_rows
 
     stride, vocab = 2**30 + 16, 96
     logits, labels = make_logits(3, vocab, TRITON_DEVICE, torch.float16)
     grad = torch.empty(3, vocab, device=TRITON_DEVICE)
     expected = triton_rows.row_stats(logits, labels, grad_out=grad)
+    size = 2**31 + 2 * stride + vocab
     if TRITON_DEVICE == "cpu":
-        base = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2 * stride + vocab, dtype=torch.float16)
+        base = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=torch.float16)
     else:
-        torch.utils.deterministic.fill_uninitialized_memory = False
-        base = torch.empty(2 * stride + vocab, dtype=torch.float16, device=TRITON_DEVICE)
-        torch.utils.deterministic.fill_uninitialized_memory = True
-    apart = base.as_strided((3, vocab), (stride, 1))
+        base = torch.zeros(size, dtype=torch.float16, device=TRITON_DEVICE)
+    apart = base[2**31 :].as_strided((3, vocab), (stride, 1))
     apart.copy_(logits)
     stats = triton_rows.row_stats(apart, labels, grad_out=apart)
     torch.testing.assert_close(tuple(stats), tuple(expected))
