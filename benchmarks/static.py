@@ -25,8 +25,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-_STATS = {"logits_stride": "i64", "labels_ptr": "*i64", "bias_ptr": "*{t}", "lse_ptr": "*fp32", "V": "i32",
-          "softcap": "fp32", "logit_scale": "fp32"}  # fmt: skip
+_STATS = {"logits_stride": "i64", "labels_ptr": "*i64", "bias_ptr": "*{t}", "max_ptr": "*fp32",
+          "log_total_ptr": "*fp32", "V": "i32", "softcap": "fp32", "logit_scale": "fp32"}  # fmt: skip
 # kernel -> signature, {t} standing for the inputs' dtype; flags that are constexpr come from FLAGS
 KERNELS = {
     rows._row_stats_kernel: {"logits_ptr": "*fp32", "logp_ptr": "*fp32", "entropy_ptr": "*fp32", **_STATS},

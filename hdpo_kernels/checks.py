@@ -1,6 +1,7 @@
 """What the public functions refuse at the door: a message names the offending value, and no device is asked for one."""
 
 import itertools
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -57,7 +58,7 @@ def check_cu_seqlens(cu_seqlens: Tensor | Sequence[int], num_rows: int, *, pairs
         raise ValueError(
             f"cu_seqlens must be integers of shape (S + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
         )
-    bounds = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else [int(b) for b in cu_seqlens]
+    bounds = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else [operator.index(b) for b in cu_seqlens]
     if not bounds or bounds[0] != 0 or bounds[-1] != num_rows:
         found = f"{bounds[0]} … {bounds[-1]}" if bounds else "an empty list"
         raise ValueError(f"cu_seqlens must run from 0 to the number of rows, {num_rows}; got {found}")
@@ -76,7 +77,7 @@ def check_ref_logps(ref_logps: Tensor | None, num_sequences: int, device: torch.
         return
     if ref_logps.shape != (num_sequences,) or not ref_logps.is_floating_point():
         raise ValueError(
-            f"ref_logps must be floating with one entry a sequence, ({num_sequences},) by cu_seqlens; "
+            f"ref_logps must be floating with one entry a sequence, ({num_sequences},); "
             f"got {ref_logps.dtype} {tuple(ref_logps.shape)}"
         )
     if ref_logps.device != device:

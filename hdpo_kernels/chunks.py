@@ -5,7 +5,6 @@ run. Either it holds several whole pairs in one piece, or it is one pair too lon
 cut into pieces. No piece has more than `max_rows` rows, so memory is bounded at any length.
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -47,10 +46,9 @@ def _cut_pair(cu_seqlens: Sequence[int], pair: int, max_rows: int) -> tuple[Piec
     pieces = []
     for sequence in (2 * pair, 2 * pair + 1):
         start, end = cu_seqlens[sequence], cu_seqlens[sequence + 1]
-        count = -(-(end - start) // max_rows)
+        rows, count = end - start, -(-(end - start) // max_rows)
         # Pieces of equal size: a small last one would pay a whole pass over d_weight for a few rows.
-        cuts = [start + (end - start) * i // count for i in range(count + 1)]
-        pieces += [Piece(a, b, sequence) for a, b in itertools.pairwise(cuts)]
+        pieces += [Piece(start + rows * i // count, start + rows * (i + 1) // count, sequence) for i in range(count)]
     return tuple(pieces)
 
 

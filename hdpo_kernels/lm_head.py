@@ -29,8 +29,8 @@ class HeadOptions:
             raise ValueError(f"softcap must be a positive number or None, got {self.softcap}")
         if not 0 < abs(self.logit_scale) < float("inf"):
             raise ValueError(f"logit_scale must be a finite number other than zero, got {self.logit_scale}")
-        if self.chunk_bytes is not None and self.chunk_bytes <= 0:
-            raise ValueError(f"chunk_bytes must be positive, or None for the default, got {self.chunk_bytes}")
+        if self.chunk_bytes is not None and not (isinstance(self.chunk_bytes, int) and self.chunk_bytes > 0):
+            raise ValueError(f"chunk_bytes must be a positive int, or None for the default, got {self.chunk_bytes}")
 
 
 class LMHead:
@@ -39,7 +39,8 @@ class LMHead:
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: HeadOptions, with_grad: bool
     ) -> None:
-        self.hidden, self.weight, self.bias, self.labels = hidden, weight, bias, labels.contiguous()
+        self.hidden, self.weight, self.labels = hidden, weight, labels.contiguous()
+        self.bias = None if bias is None else bias.contiguous()
         self.options, self.with_grad = options, with_grad
         num_rows, vocab = hidden.shape[0], weight.shape[0]
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)

@@ -108,7 +108,7 @@ class LinearLogp(torch.autograd.Function):
             if d_weight is not None:
                 d_weight.add(head, grad, start, end, relative[start:end])
         if d_hidden is not None:
-            d_hidden = d_hidden.mul_(d_logp.unsqueeze(1)).to(hidden.dtype)
+            d_hidden = d_hidden.to(hidden.dtype).mul_(d_logp.unsqueeze(1))
         grads = (None, None) if d_weight is None else d_weight.times(largest, (weight.dtype, dtype_or_none(bias)))
         return d_hidden, *grads, None, None, None
 

@@ -159,7 +159,7 @@ class LinearHDPOLoss(torch.autograd.Function):
         d_hidden, grads = ctx.d_hidden, (None, None)
         if d_hidden is not None:
             row_scale = (d_loss * ctx.coefficients)[sequence_of_row(ctx.cu_seqlens, d_hidden.device)]
-            d_hidden = d_hidden.mul_(row_scale.unsqueeze(1)).to(ctx.dtypes[0])
+            d_hidden = d_hidden.to(ctx.dtypes[0]).mul_(row_scale.unsqueeze(1))
         if ctx.d_weight is not None:
             grads = ctx.d_weight.times(d_loss, ctx.dtypes[1:])
         ctx.d_hidden = ctx.d_weight = ctx.coefficients = None
@@ -192,12 +192,17 @@ def hdpo_loss(
     pair_options = PairOptions(alpha, beta, loss_type, label_smoothing, nll_weight)
     if logits.dim() != 2 or not logits.is_floating_point():
         raise ValueError(f"logits must be floating of shape (N, V), got {logits.dtype} {tuple(logits.shape)}")
-    if inplace and logits.is_leaf and logits.requires_grad:
-        raise ValueError("inplace=True would overwrite a leaf that requires grad; pass inplace=False")
+    base = logits if logits._base is None else logits._base
+    if inplace and base.is_leaf and base.requires_grad:
+        raise ValueError("inplace=True would overwrite a leaf that requires grad, or a view of one; pass inplace=False")
+    if inplace and logits.stride(1) != 1:
+        raise ValueError(f"inplace=True needs rows without gaps, got strides {logits.stride()}; pass inplace=False")
     check_labels(labels, logits.shape[0], logits.shape[1], logits.device)
     bounds = check_cu_seqlens(cu_seqlens, logits.shape[0], pairs=True)
     check_ref_logps(ref_logps, len(bounds) - 1, logits.device)
     labels = labels.to(logits.device, non_blocking=True)
+    if logits.stride(1) != 1:
+        logits, inplace = logits.contiguous(), True  # row operations walk along rows; the copy is ours to overwrite
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
     return HDPOLoss(
         *LogitsHDPOLoss.apply(logits, labels, ref_logps, bounds, head_options, pair_options, inplace, needs_grad)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hdpo_kernels.checks import check_ref_logps
 from hdpo_kernels.naive import HDPOLoss
 
 LOSS_TYPES = ("sigmoid", "hinge", "ipo")
@@ -82,9 +83,13 @@ def pair_loss(
     options = PairOptions(alpha, beta, loss_type, label_smoothing, nll_weight)
     if logps.dim() != 1 or logps.shape[0] % 2:
         raise ValueError(f"logps must have shape (S,), S even (chosen and rejected in turn), got {tuple(logps.shape)}")
-    for name, value in (("ref_logps", ref_logps), ("lengths", lengths)):
-        if value is not None and value.shape != logps.shape:
-            raise ValueError(f"{name} must have one entry a sequence, {tuple(logps.shape)}, got {tuple(value.shape)}")
+    check_ref_logps(ref_logps, logps.shape[0], logps.device)
+    if lengths is not None:
+        if lengths.shape != logps.shape:
+            raise ValueError(
+                f"lengths must have one entry a sequence, {tuple(logps.shape)}, got {tuple(lengths.shape)}"
+            )
+        lengths = lengths.to(logps.dtype)
     if options.needs_lengths and lengths is None:
         raise ValueError("loss_type='ipo' and nll_weight need lengths, the scored tokens of each sequence")
     return evaluate(logps, ref_logps, lengths, options)

@@ -52,8 +52,9 @@ def row_stats(
             z.div_(softcap).tanh_()
             tanh = z.clone() if grad_out is not None else None
             z.mul_(softcap)
-        scored = y != IGNORE_INDEX
-        y = y.masked_fill(~scored, 0).unsqueeze(1)
+        # A label outside the vocabulary must not index: its log-probability is NaN, and so is the loss.
+        scored, valid = y != IGNORE_INDEX, (y >= 0) & (y < vocab)
+        y = y.masked_fill(~valid, 0).unsqueeze(1)
 
         top = z.amax(1, keepdim=True)
         z.sub_(top)
@@ -64,14 +65,15 @@ def row_stats(
         if not mean_z.isfinite().all():  # 0 · −inf from a vocabulary entry switched off by a bias of −inf
             mean_z = torch.linalg.vecdot(p, z.masked_fill(z == -torch.inf, 0)) / total
         lse[rows] = log_total + top.squeeze(1)
-        logp[rows] = torch.where(scored, z.gather(1, y).squeeze(1) - log_total, 0)
+        label_logp = z.gather(1, y).squeeze(1) - log_total
+        logp[rows] = label_logp.masked_fill_(~valid, torch.nan).masked_fill_(~scored, 0)
         entropy[rows] = torch.where(scored, log_total - mean_z, 0)
         if grad_out is None:
             continue
 
         torch.threshold_(p, _FLUSH_BELOW, 0.0)
         grad = torch.mul(p, -1 / total.unsqueeze(1), out=z)
-        grad.scatter_add_(1, y, torch.ones_like(y, dtype=dtype))
+        grad.scatter_add_(1, y, valid.unsqueeze(1).to(dtype))
         if tanh is not None:
             grad.addcmul_(grad * tanh, tanh, value=-1)  # · (1 − tanh²), the softcap's derivative
         if logit_scale != 1.0:

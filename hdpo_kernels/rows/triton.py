@@ -41,10 +41,13 @@ def _head_transform(
 
 @triton.jit
 def _row_stats_kernel(
-    logits_ptr, logits_stride, labels_ptr, bias_ptr, lse_ptr, logp_ptr, entropy_ptr, V, softcap, logit_scale,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+    logits_ptr, logits_stride, labels_ptr, bias_ptr, max_ptr, log_total_ptr, logp_ptr, entropy_ptr, V, softcap,
+    logit_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """lse, logp and entropy of one row in one read: an online softmax with Σ e^(z−m) and Σ e^(z−m)·(z−m)."""
+    """Log-sum-exp (m + log Σ), logp and entropy of one row in one read.
+
+    An online softmax with Σ e^(z−m) and Σ e^(z−m)·(z−m).
+    """
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
     logits_ptr += row * logits_stride
@@ -78,25 +81,28 @@ def _row_stats_kernel(
     z_y, _ = _head_transform(z_y, bias_ptr, y, valid, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
     logp = tl.where(valid, (z_y - m) - log_total, float("nan"))
     ignored = label == _IGNORE_INDEX
-    tl.store(lse_ptr + row, m + log_total)
+    # Not their sum, which would be rounded at the size of the logits: the gradient's probabilities need the digits.
+    tl.store(max_ptr + row, m)
+    tl.store(log_total_ptr + row, log_total)
     tl.store(logp_ptr + row, tl.where(ignored, 0.0, logp))
     tl.store(entropy_ptr + row, tl.where(ignored, 0.0, log_total - tl.sum(sum_ed, 0) / total))
 
 
 @triton.jit
 def _row_grad_kernel(
-    logits_ptr, logits_stride, grad_ptr, grad_stride, labels_ptr, bias_ptr, lse_ptr, V, softcap, logit_scale,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+    logits_ptr, logits_stride, grad_ptr, grad_stride, labels_ptr, bias_ptr, max_ptr, log_total_ptr, V, softcap,
+    logit_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """∂logp/∂logits = (onehot − p) · chain for one tile of one row; grad_ptr may be logits_ptr."""
     row = tl.program_id(0).to(tl.int64)
     offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask_v = offs_v < V
     label = tl.load(labels_ptr + row)
-    lse = tl.load(lse_ptr + row)
+    m = tl.load(max_ptr + row)
+    log_total = tl.load(log_total_ptr + row)
     z = tl.load(logits_ptr + row * logits_stride + offs_v, mask=mask_v, other=0.0).to(tl.float32)
     z, chain = _head_transform(z, bias_ptr, offs_v, mask_v, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
-    grad = (tl.where(offs_v == label, 1.0, 0.0) - tl.exp(z - lse)) * chain
+    grad = (tl.where(offs_v == label, 1.0, 0.0) - tl.exp((z - m) - log_total)) * chain
     grad = tl.where(label == _IGNORE_INDEX, 0.0, grad)
     tl.store(grad_ptr + row * grad_stride + offs_v, grad.to(grad_ptr.dtype.element_ty), mask=mask_v)
 
@@ -125,21 +131,22 @@ def row_stats(
     overwrite: bool = True,  # the logits may be used as scratch
 ) -> RowStats:
     n, vocab = logits.shape
-    stats = RowStats(*(torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(3)))
+    top, log_total, logp, entropy = torch.empty(4, n, dtype=torch.float32, device=logits.device)
     if n == 0:
-        return stats
+        return RowStats(top, logp, entropy)
     block_v = min(BLOCK_V, triton.next_power_of_2(vocab))
     head = dict(HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, BLOCK_V=block_v, num_warps=NUM_WARPS)
     scalars = (vocab, 1.0 if softcap is None else float(softcap), float(logit_scale))
     bias_or_dummy = logits if bias is None else bias
     _row_stats_kernel[(n,)](
-        logits, logits.stride(0), labels, bias_or_dummy, stats.lse, stats.logp, stats.entropy, *scalars, **head
+        logits, logits.stride(0), labels, bias_or_dummy, top, log_total, logp, entropy, *scalars, **head
     )
     if grad_out is not None:
         _row_grad_kernel[(n, triton.cdiv(vocab, block_v))](
-            logits, logits.stride(0), grad_out, grad_out.stride(0), labels, bias_or_dummy, stats.lse, *scalars, **head
-        )
-    return stats
+            logits, logits.stride(0), grad_out, grad_out.stride(0), labels, bias_or_dummy, top, log_total, *scalars,
+            **head,
+        )  # fmt: skip
+    return RowStats(top + log_total, logp, entropy)
 
 
 def sequence_sum(values: Tensor, cu_seqlens: list[int]) -> Tensor:

@@ -1,0 +1,37 @@
+"""Products of low-precision operands with full-precision results."""
+
+import pytest
+import torch
+
+from hdpo_kernels import gemm
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_mm_into_keeps_full_precision(dtype):
+    out_dtype = torch.promote_types(dtype, torch.float32)
+    a = torch.randn(3, 96, device=DEVICE).to(dtype)
+    weight = torch.randn(gemm._UPCAST_BLOCK + 3, 96, device=DEVICE).to(dtype)
+    out = torch.empty(3, len(weight), dtype=out_dtype, device=DEVICE)
+    gemm.mm_into(out, a, weight.T)
+    truth = a.double() @ weight.double().T
+    assert (out - truth).abs().max() < 100 * torch.finfo(out_dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_addmm_into_accumulates_in_full_precision(dtype):
+    acc_dtype = torch.promote_types(dtype, torch.float32)
+    a = torch.randn(3, gemm._UPCAST_BLOCK + 3, device=DEVICE).to(dtype)
+    b = torch.randn(3, 8, device=DEVICE).to(dtype)
+    acc = torch.full((a.shape[1], 8), torch.nan, dtype=acc_dtype, device=DEVICE)
+    gemm.addmm_into(acc, a.T, b, alpha=0.5, beta=0.0)  # beta = 0 must not read what uninitialised memory holds
+    gemm.addmm_into(acc, a.T, b, alpha=2.0)
+    truth = 2.5 * a.double().T @ b.double()
+    assert (acc - truth).abs().max() < 100 * torch.finfo(acc_dtype).eps
+
+
+def test_addmm_into_of_no_rows_is_zero():
+    acc = torch.full((7, 3), torch.nan, device=DEVICE)
+    gemm.addmm_into(acc, torch.empty(7, 0, device=DEVICE), torch.empty(0, 3, device=DEVICE), beta=0.0)
+    assert (acc == 0).all()

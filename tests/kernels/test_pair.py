@@ -1,0 +1,155 @@
+"""The loss maths against the oracle, and the one number per sequence that the heavy part needs against autograd."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hdpo_kernels import HDPOLoss, naive, pair, pair_loss
+from hdpo_kernels.pair import PairOptions
+
+OPTIONS = [
+    {"alpha": 1.0, "beta": 0.1},
+    {"alpha": 0.7, "beta": 0.3, "label_smoothing": 0.2, "nll_weight": 0.5},
+    {"alpha": 1.2, "beta": 0.3, "loss_type": "hinge", "label_smoothing": 0.1},
+    {"alpha": 0.9, "beta": 0.2, "loss_type": "ipo", "label_smoothing": 0.1, "nll_weight": 0.5},
+]
+
+
+def make_pairs(dtype=torch.float64):
+    torch.manual_seed(0)
+    logps, ref_logps = -10 * torch.rand(2, 8, dtype=dtype)
+    return logps, ref_logps, torch.tensor([3, 5, 1, 0, 7, 2, 4, 4])
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_pair_loss_matches_the_oracle(options):
+    logps, ref_logps, lengths = make_pairs()
+    for ref in (ref_logps, None):
+        ours, oracles = logps.clone().requires_grad_(), logps.clone().requires_grad_()
+        result = pair_loss(ours, ref, lengths=lengths, **options)
+        expected = naive.pair_loss(oracles, ref, lengths=lengths, **options)
+        assert result.entropy is None and expected.entropy is None
+        for name in set(HDPOLoss._fields) - {"entropy"}:
+            torch.testing.assert_close(getattr(result, name), getattr(expected, name).detach(), msg=name)
+        torch.testing.assert_close(
+            torch.autograd.grad(result.loss, ours), torch.autograd.grad(expected.loss, oracles), rtol=1e-9, atol=1e-12
+        )
+        assert not any(t.requires_grad for t in result[1:] if t is not None)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_sequence_coefficients_and_slope_are_the_gradient_of_the_oracle(options):
+    logps, ref_logps, lengths = make_pairs()
+    parsed, n = PairOptions(**options), lengths.double()
+    a, k = pair.sequence_coefficients(4, n, parsed)
+    c = a * pair.slope(logps, ref_logps, n, parsed).repeat_interleave(2) + k
+    leaf = logps.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(naive.pair_loss(leaf, ref_logps, lengths=n, **options).loss, leaf)
+    torch.testing.assert_close(c, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_pair_loss_is_the_equation_of_the_paper():
+    logps, ref_logps, _ = make_pairs()
+    alpha, beta = 0.8, 0.25
+    z = beta * ((alpha * logps[0::2] - ref_logps[0::2]) - (alpha * logps[1::2] - ref_logps[1::2]))
+    result = pair_loss(logps, ref_logps, alpha=alpha, beta=beta)
+    torch.testing.assert_close(result.loss, -z.sigmoid().log().mean())
+    torch.testing.assert_close(result.margins, z)
+    torch.testing.assert_close(result.chosen_rewards, beta * (alpha * logps - ref_logps)[0::2])
+    torch.testing.assert_close(result.rejected_rewards, beta * (alpha * logps - ref_logps)[1::2])
+
+
+def test_pair_loss_with_alpha_one_is_dpo():
+    logps, ref_logps, _ = make_pairs()
+    ratio = logps - ref_logps
+    expected = -F.logsigmoid(0.3 * (ratio[0::2] - ratio[1::2])).mean()
+    torch.testing.assert_close(pair_loss(logps, ref_logps, alpha=1.0, beta=0.3).loss, expected)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
+def test_pair_loss_takes_lengths_of_integers(loss_type):
+    logps, ref_logps, lengths = make_pairs(torch.float32)
+    options = {"alpha": 0.9, "beta": 0.3, "loss_type": loss_type, "nll_weight": 0.1}
+    of_ints, of_floats = (pair_loss(logps, ref_logps, lengths=n, **options) for n in (lengths, lengths.float()))
+    assert torch.equal(of_ints.loss, of_floats.loss)
+
+
+def test_pair_loss_of_extreme_margins_is_finite():
+    logps = torch.tensor([-1e6, 0.0, 0.0, -1e6], requires_grad=True)
+    result = pair_loss(logps, None, alpha=1.0, beta=1.0)
+    assert float(result.loss.detach()) == pytest.approx(5e5)
+    (grad,) = torch.autograd.grad(result.loss, logps)
+    assert grad.tolist() == [-0.5, 0.5, 0.0, 0.0]
+
+
+def test_pair_loss_of_nothing_is_zero():
+    logps = torch.zeros(0, requires_grad=True)
+    for loss_type in ("sigmoid", "hinge", "ipo"):
+        result = pair_loss(logps, None, alpha=1.0, beta=0.1, loss_type=loss_type, nll_weight=0.1, lengths=logps)
+        assert float(result.loss.detach()) == 0 and result.margins.shape == (0,)
+        assert torch.autograd.grad(result.loss, logps)[0].shape == (0,)
+
+
+def test_pair_loss_of_an_empty_sequence_is_finite():
+    logps, lengths = torch.tensor([0.0, -3.0]), torch.tensor([0, 2])
+    for loss_type in ("sigmoid", "hinge", "ipo"):
+        result = pair_loss(logps, None, alpha=0.9, beta=0.1, loss_type=loss_type, nll_weight=0.1, lengths=lengths)
+        assert result.loss.isfinite()
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
+def test_pair_loss_of_nan_is_nan(loss_type):
+    logps = torch.tensor([-1.0, torch.nan, -1.0, -2.0])
+    result = pair_loss(logps, None, alpha=1.0, beta=0.1, loss_type=loss_type, lengths=torch.ones(4))
+    assert result.loss.isnan() and result.margins.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+def test_gradient_unit_brings_coefficients_to_about_one(loss_type):
+    options = PairOptions(alpha=0.9, beta=1e-3, loss_type=loss_type)
+    unit = options.gradient_unit(4096)
+    a, _ = pair.sequence_coefficients(4096, torch.ones(8192), options)
+    assert 0.5 < float(a.abs().max()) * unit < 2 and math.log2(unit).is_integer()
+    assert options.gradient_unit(0) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": 0.0}, "alpha must be a positive number, got 0.0"),
+        ({"alpha": float("nan")}, "alpha must be a positive number, got nan"),
+        ({"beta": -0.1}, "beta must be a positive number, got -0.1"),
+        ({"beta": float("inf")}, "beta must be a positive number, got inf"),
+        ({"loss_type": "dpop"}, "one of sigmoid, hinge, ipo; got 'dpop'"),
+        ({"label_smoothing": 0.5}, r"in \[0, 0.5\); got 0.5"),
+        ({"label_smoothing": -0.1}, r"in \[0, 0.5\); got -0.1"),
+        ({"nll_weight": -1.0}, "nll_weight must be zero or positive, got -1.0"),
+        ({"loss_type": "ipo"}, "'ipo' and nll_weight need lengths"),
+        ({"nll_weight": 0.1}, "'ipo' and nll_weight need lengths"),
+        ({"lengths": torch.ones(4)}, r"lengths must have one entry a sequence, \(2,\), got \(4,\)"),
+    ],
+)
+def test_pair_loss_refuses_options_that_do_not_fit(options, message):
+    with pytest.raises(ValueError, match=message):
+        pair_loss(torch.zeros(2), None, **{"alpha": 1.0, "beta": 0.1, **options})
+
+
+def test_pair_loss_refuses_an_odd_number_of_sequences():
+    with pytest.raises(ValueError, match=r"S even .*got \(3,\)"):
+        pair_loss(torch.zeros(3), None, alpha=1.0, beta=0.1)
+
+
+@pytest.mark.parametrize(
+    ("ref_logps", "message"),
+    [
+        (torch.zeros(1), r"one entry a sequence, \(2,\).*got torch.float32 \(1,\)"),
+        (torch.zeros(2, dtype=torch.int64), "must be floating.*got torch.int64"),
+        (torch.zeros(2, device="meta"), "ref_logps are on meta but the rest is on cpu"),
+        (torch.zeros(2, requires_grad=True), "the reference is frozen: detach them"),
+    ],
+)
+def test_pair_loss_refuses_ref_logps_that_do_not_fit(ref_logps, message):
+    with pytest.raises(ValueError, match=message):
+        pair_loss(torch.zeros(2), ref_logps, alpha=1.0, beta=0.1)
