@@ -41,7 +41,10 @@ def main(argv: list[str] | None = None) -> None:
     if not argv or argv[0] == "quickstart":
         from hdpo_train import quickstart
 
-        quickstart.main(argv[1:])
+        try:
+            quickstart.main(argv[1:])
+        except (FileExistsError, ValueError) as error:
+            _fail(str(error))
         return
     parser = _parser()
     if {"-h", "--help"} & set(argv):

@@ -1,6 +1,6 @@
 """The task: string beads of given colours, in any order. Many right answers, and a program can check them.
 
-    prompt   "3 red 1 blue 2 gold:"       answer   " red gold red red blue gold"      (or any of the other 59 right ones)
+prompt   "3 red 1 blue 2 gold:"       answer   " red gold red red blue gold"      (or any of the other 59 right ones)
 """
 
 import itertools
@@ -10,7 +10,10 @@ from collections import Counter
 
 COLOURS = ("red", "blue", "green", "gold", "black", "white", "pink", "grey")
 MOST = 4  # beads of one colour
-EXPLANATION = "String beads of the given colours in any order: '{prompt}' has {count} right answers, such as '{answer}'."
+STAYS = 0.5  # how often a demonstration takes the same colour again, where it could also change
+EXPLANATION = (
+    "String beads of the given colours in any order: '{prompt}' has {count} right answers, such as '{answer}'."
+)
 
 
 def all_prompts() -> list[str]:
@@ -47,10 +50,17 @@ def count_right(prompt: str) -> int:
 
 
 def demonstrate(prompt: str, rng: random.Random) -> str:
-    """A right answer in random order."""
-    beads = [colour for colour, n in sorted(_beads(prompt)) for _ in range(n)]
-    rng.shuffle(beads)
-    return "".join(f" {colour}" for colour in beads)
+    """A right answer in random order, which stays with a colour more often than chance would.
+
+    Were all orders equally likely, there would be nothing for a sharper policy to prefer.
+    """
+    left = Counter(dict(_beads(prompt)))
+    answer: list[str] = []
+    while +left:
+        stays = answer and left[answer[-1]] and rng.random() < STAYS
+        answer.append(answer[-1] if stays else rng.choice(sorted(left.elements())))
+        left[answer[-1]] -= 1
+    return "".join(f" {colour}" for colour in answer)
 
 
 def _beads(prompt: str) -> frozenset:

@@ -1,0 +1,202 @@
+"""The embedded default: `hdpo-train` without arguments. A task, a small model, pairs made from it, H-DPO, a table.
+
+demonstrations ── SFT ──> model ── sample, judge ──> pairs ── H-DPO, α = 1 and α < 1 ──> models ── evaluate ──> table
+"""
+
+import argparse
+import copy
+import json
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.trainer_callback import ProgressCallback
+from transformers.utils import logging
+
+from hdpo_train.config import HDPOConfig
+from hdpo_train.evaluate import Evaluation, evaluate, sample
+from hdpo_train.quickstart import task
+from hdpo_train.quickstart.model import new_model, teach, train_tokenizer
+from hdpo_train.quickstart.pairs import judge
+from hdpo_train.trainer import HDPOTrainer
+
+SETTINGS_FILE, RESULTS_FILE, TABLE_FILE = "settings.json", "results.json", "results.md"
+MAX_NEW_TOKENS = 3 * task.MOST + 2  # the longest right answer, its end, and one more
+
+
+@dataclass
+class Settings:
+    """Sizes that take some two minutes on two CPU cores."""
+
+    seed: int = 0
+    alpha: float = 0.7  # beside α = 1
+    beta: float = 2.0
+    hidden_size: int = 96
+    num_layers: int = 2
+    sft_steps: int = 220
+    sft_batch_size: int = 128
+    sft_learning_rate: float = 3e-3
+    pair_prompts: int = 4000
+    samples_per_prompt: int = 8
+    pairs_per_prompt: int = 2
+    learning_rate: float = 1e-4
+    batch_size: int = 64
+    epochs: int = 2
+    held_out: int = 300
+    eval_samples: int = 16
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="hdpo-train quickstart",
+        description="H-DPO from nothing, on this machine: a small model learns a task from demonstrations, is trained on "
+        "pairs of its own answers with α = 1 (DPO) and α < 1, and is measured before and after.",
+    )
+    parser.add_argument("--output_dir", default="hdpo-quickstart", help="folder of all results (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=Settings.seed, help="of everything random (default: %(default)s)")
+    parser.add_argument("--alpha", type=float, default=Settings.alpha, help="beside α = 1 (default: %(default)s)")
+    options = parser.parse_args(argv)
+    run(Path(options.output_dir), Settings(seed=options.seed, alpha=options.alpha))
+
+
+def run(folder: Path, settings: Settings) -> dict[str, Evaluation]:
+    """The whole story. Leaves models, pairs.jsonl, plots, results.json and results.md in `folder`; prints the table.
+
+    A folder that holds an earlier quickstart is replaced; one that holds anything else is refused (FileExistsError).
+    """
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    started = time.perf_counter()
+    _claim(folder, settings)
+    prompts, held_out = task.split_prompts(settings.held_out, settings.seed)
+    example = held_out[0]
+    answer = task.demonstrate(example, random.Random(settings.seed)).strip()
+    print(task.EXPLANATION.format(prompt=example, count=task.count_right(example), answer=answer))
+
+    with _stage(f"1/5 SFT: a model learns from {settings.sft_steps * settings.sft_batch_size} demonstrations"):
+        model, tokenizer = _sft(prompts, settings)
+        _save(model, tokenizer, folder / "sft")
+    with _stage(f"2/5 pairs: it answers {settings.pair_prompts} prompts, a program judges") as note:
+        asked = prompts[: settings.pair_prompts]
+        answers = sample(
+            model, tokenizer, asked, settings.samples_per_prompt, max_new_tokens=MAX_NEW_TOKENS, seed=settings.seed
+        )
+        records = judge(asked, answers, settings.pairs_per_prompt, settings.seed)
+        lines = [json.dumps(record) + "\n" for record in records]
+        (folder / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
+        note(f"{len(records)} pairs")
+    models = {"SFT (before)": model}
+    for number, alpha in ((3, 1.0), (4, settings.alpha)):
+        with _stage(f"{number}/5 H-DPO, α = {alpha:g}") as note:
+            trained = copy.deepcopy(model)
+            trainer = _train(trained, tokenizer, records, alpha, folder / f"alpha-{alpha:g}", settings)
+            models[f"H-DPO, α = {alpha:g}" + (" (DPO)" if alpha == 1 else "")] = trained
+            note(f"{trainer.state.global_step} steps, margin before training {trainer.start['initial_margin']:+.2f}")
+    with _stage(f"5/5 evaluation: {len(held_out)} held-out prompts, {settings.eval_samples} samples each"):
+        results = {
+            name: evaluate(
+                model, tokenizer, held_out, task.is_right,
+                num_samples=settings.eval_samples, max_new_tokens=MAX_NEW_TOKENS, seed=settings.seed,
+            )
+            for name, model in models.items()
+        }  # fmt: skip
+
+    table = _table(results, settings)
+    (folder / TABLE_FILE).write_text(table + "\n", encoding="utf-8")
+    text = json.dumps({name: asdict(result) for name, result in results.items()}, indent=2, ensure_ascii=False)
+    (folder / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
+    print(f"\n{table}\n\n{time.perf_counter() - started:.0f} s in all; models, pairs, plots and results: {folder}/")
+    return results
+
+
+def _sft(prompts: list[str], settings: Settings) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    rng = random.Random(settings.seed)
+    tokenizer = train_tokenizer([prompt + task.demonstrate(prompt, rng) for prompt in prompts])
+    model = new_model(tokenizer, settings.hidden_size, settings.num_layers, settings.seed)
+    teach(
+        model, tokenizer, prompts, steps=settings.sft_steps, batch_size=settings.sft_batch_size,
+        learning_rate=settings.sft_learning_rate, seed=settings.seed,
+    )  # fmt: skip
+    return model, tokenizer
+
+
+def _train(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    records: list[dict[str, str]],
+    alpha: float,
+    folder: Path,
+    settings: Settings,
+) -> HDPOTrainer:
+    args = HDPOConfig(
+        output_dir=str(folder),
+        alpha=alpha,
+        beta=settings.beta,
+        learning_rate=settings.learning_rate,
+        per_device_train_batch_size=settings.batch_size,
+        num_train_epochs=settings.epochs,
+        warmup_steps=5,
+        logging_steps=5,
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        seed=settings.seed,
+        ref_cache_dir=str(folder.parent / "reference"),
+    )
+    trainer = HDPOTrainer(model, args=args, train_dataset=Dataset.from_list(records), processing_class=tokenizer)
+    trainer.pop_callback(ProgressCallback)
+    trainer.add_callback(_BarOnly())
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+class _BarOnly(ProgressCallback):
+    """The progress bar without a printed line per log: metrics.jsonl has them."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def _table(results: dict[str, Evaluation], settings: Settings) -> str:
+    lines = [
+        "| | greedy accuracy | sampled accuracy | pass@8 | distinct right answers | entropy, nats per token |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, r in results.items():
+        lines.append(
+            f"| {name} | {r.greedy_accuracy:.1%} | {r.sampled_accuracy:.1%} | {r.pass_at_k:.1%} "
+            f"| {r.distinct_right:.1f} of {settings.eval_samples} | {r.entropy:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _claim(folder: Path, settings: Settings) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / SETTINGS_FILE).exists():
+            raise FileExistsError(f"{folder} holds something that is not a quickstart: choose another --output_dir")
+        print(f"(replacing the earlier quickstart in {folder}/)")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SETTINGS_FILE).write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _stage(title: str) -> Iterator[Any]:
+    notes: list[str] = []
+    print(f"{title} …", flush=True)
+    start = time.perf_counter()
+    yield notes.append
+    print("    " + ", ".join([*notes, f"{time.perf_counter() - start:.0f} s"]), flush=True)
