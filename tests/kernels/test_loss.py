@@ -301,9 +301,12 @@ def test_linear_hdpo_loss_holds_no_more_logits_than_chunk_bytes(lengths, dtype):
     assert operations.largest <= max(rows * vocab, vocab * hidden_size, 600 * hidden_size) < 600 * vocab / 10
 
 
-@pytest.mark.parametrize(("nll_weight", "accumulators"), [(0.0, 1), (0.1, 2)])
-def test_linear_hdpo_loss_of_one_long_pair_needs_a_second_weight_gradient_only_for_nll(nll_weight, accumulators):
-    inputs = zipf_inputs([9, 8, 3, 3], V, H)
+@pytest.mark.parametrize(
+    ("lengths", "nll_weight", "accumulators"),
+    [([9, 8, 3, 3], 0.0, 1), ([9, 8, 3, 3], 0.1, 2), ([9, 8] * 3, 0.0, 2), ([9, 8] * 3, 0.1, 2)],
+)
+def test_linear_hdpo_loss_makes_a_second_weight_gradient_only_where_needed_and_once(lengths, nll_weight, accumulators):
+    inputs = zipf_inputs(lengths, V, H)
     with Operations() as operations:
         run(linear_hdpo_loss, inputs, chunk_bytes=chunk_bytes(8, inputs), nll_weight=nll_weight)
     assert operations.made.count(((V, H), torch.float32)) == accumulators

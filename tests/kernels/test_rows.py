@@ -73,6 +73,15 @@ def test_row_stats_of_equal_logits_are_log_vocab(rows, device):
         assert actual.tolist() == pytest.approx([expected] * 2, rel=1e-6)
 
 
+def test_row_stats_do_not_lose_digits_to_an_offset_of_all_logits(rows, device):
+    logits, labels = make_logits(5, 97, device)
+    logits = (logits * 256).round() / 256  # so that the sum is exact
+    grads = [torch.empty_like(logits) for _ in range(2)]
+    plain, offset = (rows.row_stats(x, labels, grad_out=g) for x, g in zip((logits, logits + 4096), grads, strict=True))
+    for x, y in ((plain.logp, offset.logp), (plain.entropy, offset.entropy), grads):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
+
+
 def test_row_stats_gradient_may_overwrite_the_logits(rows, device):
     logits, labels = make_logits(5, 97, device)
     expected = oracle(logits, labels, torch.float64)[2]
