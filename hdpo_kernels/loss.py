@@ -259,4 +259,5 @@ _CONSUMED = (
 
 def _scored_lengths(labels: Tensor, cu_seqlens: list[int], dtype: torch.dtype) -> Tensor:
     """(S,) scored tokens of each sequence."""
-    return backend(labels).sequence_sum((labels != IGNORE_INDEX).to(dtype), cu_seqlens)
+    scored = (labels != IGNORE_INDEX).to(dtype)
+    return backend(scored).sequence_sum(scored, cu_seqlens)

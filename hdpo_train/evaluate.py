@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,9 +45,8 @@ def evaluate(
     Raises ValueError if there is no prompt, or k is larger than num_samples.
     """
     if not prompts or not 1 <= k <= num_samples:
-        raise ValueError(
-            f"at least one prompt and 1 <= k <= num_samples are needed, got {len(prompts)}, {k}, {num_samples}"
-        )
+        found = f"{len(prompts)} prompts, k = {k}, num_samples = {num_samples}"
+        raise ValueError(f"at least one prompt and 1 <= k <= num_samples are needed, got {found}")
     greedy = sample(model, tokenizer, prompts, 1, temperature=0, max_new_tokens=max_new_tokens, description=description)
     drawn = sample(
         model, tokenizer, prompts, num_samples, max_new_tokens=max_new_tokens, seed=seed, description=description
@@ -76,12 +76,11 @@ def sample(
     description: str = "Sampling",
 ) -> Samples:
     """n answers to each prompt from the model's own distribution; temperature 0 takes the likeliest token each time."""
-    choice = (
-        {"do_sample": False}
-        if temperature == 0
-        else {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    )
+    choice: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:  # the model's own distribution: whatever its generation config says of top-k and top-p is off
+        choice = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     repeated = [prompt for prompt in prompts for _ in range(n)]
+    generator: Any = model  # typed as a module, generate() is not callable
     training = model.training
     model.eval()
     answers: list[str] = []
@@ -89,10 +88,9 @@ def sample(
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         for start in tqdm(range(0, len(repeated), batch_size), desc=description, leave=False, unit="batch"):
-            batch = tokenizer(
-                repeated[start : start + batch_size], return_tensors="pt", padding=True, padding_side="left"
-            )
-            output = model.generate(
+            texts = repeated[start : start + batch_size]
+            batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+            output = generator.generate(
                 **batch.to(model.device), **choice, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
                 output_logits=True, return_dict_in_generate=True,
             )  # fmt: skip

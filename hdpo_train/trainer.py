@@ -154,6 +154,7 @@ class HDPOTrainer(Trainer):
         elif self.is_world_process_zero():
             claim_output_dir(output_dir, self.args.overwrite_output_dir)
         self.accelerator.wait_for_everyone()
+        self._sums.clear()
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -181,7 +182,7 @@ class HDPOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
         prefix = next((key[: -len("loss")] for key in logs if mode == "eval" and key.endswith("_loss")), "")
-        if self._sums[mode]:
+        if self._sums[mode] and (mode == "eval" or "loss" in logs):
             metrics = self._metrics(mode)
             if mode == "eval":
                 logs[f"{prefix}loss"] = metrics.pop("loss")  # weighted by pairs, whatever the batches' sizes

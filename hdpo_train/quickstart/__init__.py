@@ -1,6 +1,6 @@
 """The embedded default: `hdpo-train` without arguments. A task, a small model, pairs made from it, H-DPO, a table.
 
-demonstrations ── SFT ──> model ── sample, judge ──> pairs ── H-DPO, α = 1 and α < 1 ──> models ── evaluate ──> table
+demonstrations ── SFT ──> model ── sample, judge ──> pairs ── H-DPO, α = 1, α < 1 ──> models ── evaluate ──> table
 """
 
 import argparse
@@ -33,7 +33,7 @@ MAX_NEW_TOKENS = 3 * task.MOST + 2  # the longest right answer, its end, and one
 
 @dataclass
 class Settings:
-    """Sizes that take some two minutes on two CPU cores."""
+    """Sizes that take about a minute on two CPU cores."""
 
     seed: int = 0
     alpha: float = 0.7  # beside α = 1
@@ -56,8 +56,8 @@ class Settings:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="hdpo-train quickstart",
-        description="H-DPO from nothing, on this machine: a small model learns a task from demonstrations, is trained on "
-        "pairs of its own answers with α = 1 (DPO) and α < 1, and is measured before and after.",
+        description="H-DPO from nothing, on this machine: a small model learns a task from demonstrations, is "
+        "trained on pairs of its own answers with α = 1 (DPO) and α < 1, and is measured before and after.",
     )
     parser.add_argument("--output_dir", default="hdpo-quickstart", help="folder of all results (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=Settings.seed, help="of everything random (default: %(default)s)")
@@ -147,6 +147,7 @@ def _train(
         save_strategy="no",
         use_cpu=True,
         bf16=False,
+        disable_tqdm=False,
         seed=settings.seed,
         ref_cache_dir=str(folder.parent / "reference"),
     )

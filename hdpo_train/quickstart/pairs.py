@@ -7,7 +7,7 @@ from hdpo_train.quickstart import task
 
 
 def judge(prompts: list[str], samples: Samples, per_prompt: int, seed: int) -> list[dict[str, str]]:
-    """At most `per_prompt` records for each prompt, no answer used twice; prompts with right or wrong only give none."""
+    """At most per_prompt records a prompt, no answer used twice; a prompt with right answers only gives none."""
     rng = random.Random(seed)
     records = []
     for prompt, answers in zip(prompts, samples.answers, strict=True):

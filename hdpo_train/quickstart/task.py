@@ -1,6 +1,6 @@
 """The task: string beads of given colours, in any order. Many right answers, and a program can check them.
 
-prompt   "3 red 1 blue 2 gold:"       answer   " red gold red red blue gold"      (or any of the other 59 right ones)
+prompt   "3 red 1 blue 2 gold:"      answer   " red gold red red blue gold"     (or any of the other 59)
 """
 
 import itertools
@@ -11,9 +11,7 @@ from collections import Counter
 COLOURS = ("red", "blue", "green", "gold", "black", "white", "pink", "grey")
 MOST = 4  # beads of one colour
 STAYS = 0.5  # how often a demonstration takes the same colour again, where it could also change
-EXPLANATION = (
-    "String beads of the given colours in any order: '{prompt}' has {count} right answers, such as '{answer}'."
-)
+EXPLANATION = "String beads of the given colours in any order: '{prompt}' has {count} right answers, one is '{answer}'."
 
 
 def all_prompts() -> list[str]:
