@@ -13,6 +13,10 @@ def run(table: Table, device: str, quick: bool) -> None:
         problem = make_problem(2 * length, vocab, width, 2, device, dtype)
         exact = Problem(*(t.detach().double() if t.is_floating_point() else t for t in problem))
         exact = exact._replace(hidden=exact.hidden.requires_grad_(), weight=exact.weight.requires_grad_())
+        with torch.no_grad():  # a reference near the policy: a saturated loss has no gradient to compare
+            scores = 0.9 * naive.linear_hdpo_loss(*exact, alpha=0.9, beta=0.1).logps
+            problem = problem._replace(ref_logps=(scores + torch.tensor([0.0, 3.0], device=device)).float())
+            exact = exact._replace(ref_logps=problem.ref_logps.double())
         truth = naive.linear_hdpo_loss(*exact, alpha=0.9, beta=0.1)
         truth_grads = torch.autograd.grad(truth.loss, (exact.hidden, exact.weight))
         shape = f"2 × {length} tokens, {str(dtype).removeprefix('torch.')}"

@@ -27,7 +27,7 @@ class Table:
         self.rows: list[dict[str, str]] = []
 
     def add(self, question, shape, contestant, metric, value, unit, low=None, high=None, peer="") -> None:
-        number = lambda x: "" if x is None else f"{x:.6g}"  # noqa: E731
+        number = lambda x: "" if x is None else f"{x:.4g}"  # noqa: E731
         stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
         values = (
             question, shape, contestant, metric, number(value), number(low), number(high), unit,
