@@ -89,6 +89,8 @@ def run(folder: Path, settings: Settings) -> dict[str, Evaluation]:
             model, tokenizer, asked, settings.samples_per_prompt, max_new_tokens=MAX_NEW_TOKENS, seed=settings.seed
         )
         records = judge(asked, answers, settings.pairs_per_prompt, settings.seed)
+        if not records:
+            raise ValueError("the model gave no prompt both a right and a wrong answer: there is nothing to prefer")
         lines = [json.dumps(record) + "\n" for record in records]
         (folder / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
         note(f"{len(records)} pairs")
