@@ -46,7 +46,7 @@ class LMHead:
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
         self.piece_rows, self.tile_rows = rows_for(
             options.chunk_bytes or _default_chunk_bytes(hidden.device, vocab),
-            max(vocab, 1),
+            vocab,
             self.dtype.itemsize,
             hidden.dtype.itemsize if with_grad else None,
         )
@@ -133,4 +133,4 @@ class WeightGrad:
 def _default_chunk_bytes(device: torch.device, vocab: int) -> int:
     # CPU: 512 rows fill a GEMM, and a pass over d_weight is then some 5% of the piece's GEMMs. Accelerators want
     # thousands of rows for the same reason (d_weight's traffic), and have the memory.
-    return 512 * 4 * max(vocab, 1) if device.type == "cpu" else 1000 * 2**20
+    return 512 * 4 * vocab if device.type == "cpu" else 1000 * 2**20

@@ -129,9 +129,6 @@ def _parser() -> HfArgumentParser:
 
 def _parse(parser: HfArgumentParser, argv: list[str]) -> tuple[ScriptArguments, HDPOConfig]:
     """Flags over the YAML file's values over defaults."""
-    if "--config" in argv and argv.index("--config") + 1 < len(argv):
-        at = argv.index("--config")
-        argv = [argv[at + 1], *argv[:at], *argv[at + 2 :]]
     if argv[0].endswith((".yaml", ".yml")):
         parser.set_defaults(**_read_yaml(argv[0]))
         argv = argv[1:]
@@ -153,15 +150,11 @@ def _read_yaml(name: str) -> dict[str, Any]:
         _fail(f"{name} cannot be read: {error}")
     if not isinstance(values, dict):
         _fail(f"{name} must hold options as 'name: value' lines")
-    fields = {field.name: field for kind in (ScriptArguments, HDPOConfig) for field in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - set(fields))
+    known = {field.name for kind in (ScriptArguments, HDPOConfig) for field in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - known)
     if unknown:
         _fail(f"{name}: no such option: {', '.join(unknown)} (hdpo-train --help_all lists them)")
-    for key, value in values.items():
-        # YAML reads 5e-7 as a string (it wants 5.0e-7); a number was meant wherever a number is expected
-        if isinstance(value, str) and "float" in str(fields[key].type):
-            values[key] = float(value)
-    return values
+    return values  # argparse converts those that are strings, such as 5e-7, which YAML takes for one
 
 
 def _print_help(parser: HfArgumentParser) -> None:
@@ -169,7 +162,7 @@ def _print_help(parser: HfArgumentParser) -> None:
     own = [field for field in HDPOConfig.__annotations__ if not field.startswith("_") and field not in _COMMON]
     groups = {
         "model and data": [field.name for field in dataclasses.fields(ScriptArguments)],
-        "loss, reference, lengths": [n for n in own if n not in ("remove_unused_columns", "logging_nan_inf_filter")],
+        "loss, reference, lengths": [name for name in own if name != "logging_nan_inf_filter"],
         "training (transformers.TrainingArguments; all of them: --help_all)": list(_COMMON),
     }
     actions: dict[str, argparse.Action] = {}

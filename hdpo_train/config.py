@@ -24,7 +24,6 @@ class HDPOConfig(TrainingArguments):
         default=None,
         metadata={"help": "Mixed precision in bfloat16. Default: yes on a CUDA device that supports it, else fp32."},
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Has no effect: the collator picks columns."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Keep False: a NaN loss stops the run."})
 
     alpha: float = field(

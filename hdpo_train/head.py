@@ -48,7 +48,6 @@ def attach_loss(model: PreTrainedModel, loss_kwargs: dict[str, Any]) -> None:
     loss_kwargs: keywords of `linear_hdpo_loss`.
     Raises UnsupportedHead, with the model's name and the reason, if its head cannot be represented.
     """
-    head_of(model)  # refuse early
     transform = find_transform(model)
     original: Callable[..., Any] = model.forward
 
@@ -114,7 +113,11 @@ def find_transform(model: PreTrainedModel) -> HeadTransform:
     finally:
         hook.remove()
         model.train(training)
-    if "hidden" not in seen or seen["hidden"].shape != hidden.shape or not torch.allclose(seen["hidden"], hidden):
+    if (
+        "hidden" not in seen
+        or seen["hidden"].shape != hidden.shape
+        or not torch.allclose(seen["hidden"], hidden, equal_nan=True)
+    ):
         raise UnsupportedHead(f"{name} changes its hidden states between backbone and head; it cannot be fused")
     tolerance = {torch.float32: 1e-4, torch.float64: 1e-4}.get(seen["ramp"].dtype, 2e-2)
     softcap = getattr(config, "final_logit_softcapping", None)

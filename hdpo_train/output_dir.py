@@ -14,7 +14,7 @@ from hdpo_train.report import METRICS_FILE
 def claim_output_dir(output_dir: str, overwrite: bool) -> None:
     """Make sure that no other run's results are mixed with this one's; FileExistsError if they would be."""
     folder = Path(output_dir)
-    others = [*folder.glob("checkpoint-*"), *folder.glob(METRICS_FILE)] if folder.exists() else []
+    others = [path for pattern in ("checkpoint-*", METRICS_FILE, "*.safetensors") for path in folder.glob(pattern)]
     if not others:
         return
     if not overwrite:

@@ -172,6 +172,9 @@ class HDPOTrainer(Trainer):
         self._sums["train" if model.training else "eval"].append(self._batch_sums(result, inputs))
         return (result.loss, result) if return_outputs else result.loss
 
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns: Any = ["prompt_ids", "chosen_ids", "rejected_ids", *COLUMNS]
+
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
@@ -180,15 +183,12 @@ class HDPOTrainer(Trainer):
             return self.compute_loss(model, inputs), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
-        prefix = next((key[: -len("loss")] for key in logs if mode == "eval" and key.endswith("_loss")), "")
-        if self._sums[mode] and (mode == "eval" or "loss" in logs):
-            metrics = self._metrics(mode)
-            if mode == "eval":
-                logs[f"{prefix}loss"] = metrics.pop("loss")  # weighted by pairs, whatever the batches' sizes
-            else:
-                metrics.pop("loss")
-            logs.update({f"{prefix}{key}": value for key, value in metrics.items()})
+        if self._sums["eval"]:  # filled by an evaluation alone, and taken by its log
+            prefix = next(key[: -len("loss")] for key in logs if key.endswith("_loss"))
+            # its loss too: weighted by pairs, whatever the batches' sizes
+            logs.update({f"{prefix}{key}": value for key, value in self._metrics("eval").items()})
+        elif self._sums["train"] and "loss" in logs:
+            logs.update({**self._metrics("train"), "loss": logs["loss"]})
         super().log(logs, start_time)
         if "loss" in logs and not torch.isfinite(torch.tensor(logs["loss"])):
             raise FloatingPointError(

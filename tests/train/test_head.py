@@ -91,6 +91,12 @@ def test_attach_loss_refuses_a_head_it_cannot_represent(kind, reason):
         attach_loss(strange, LOSS)
 
 
+def test_attach_loss_does_not_blame_the_head_for_nan_weights(model):
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    attach_loss(model, LOSS)
+
+
 def test_attach_loss_refuses_an_encoder_decoder():
     model = T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
     with pytest.raises(UnsupportedHead, match="T5ForConditionalGeneration is an encoder-decoder"):

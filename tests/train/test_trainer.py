@@ -120,6 +120,24 @@ def test_evaluate_weights_pairs_equally_whatever_the_batch_size(tokenizer, confi
         assert results[0][key] == pytest.approx(results[1][key], rel=1e-5), key
 
 
+def test_evaluate_takes_another_prefix_and_named_sets(tokenizer, config):
+    data = {name: Dataset.from_list(make_records(3, seed=i)) for i, name in enumerate(("one", "two"))}
+    trainer = HDPOTrainer(make_model(), args=config(), eval_dataset=data, processing_class=tokenizer)
+    result = trainer.evaluate(metric_key_prefix="test")
+    assert {"test_one_rewards/margins", "test_two_rewards/margins", "test_two_loss"} <= set(result)
+    assert result["test_one_logps/chosen"] != result["test_two_logps/chosen"]
+
+
+def test_train_takes_remove_unused_columns(tokenizer, config):
+    make_trainer(config(max_steps=1, remove_unused_columns=True), tokenizer).train()
+
+
+def test_train_refuses_a_folder_that_holds_a_model(tokenizer, config):
+    make_model().save_pretrained(config().output_dir)
+    with pytest.raises(FileExistsError, match=r"model\.safetensors"):
+        make_trainer(config(), tokenizer).train()
+
+
 def test_evaluate_refuses_data_without_reference(tokenizer, config):
     trainer = make_trainer(config(), tokenizer)
     with pytest.raises(ValueError, match="give this data set as eval_dataset"):
