@@ -33,15 +33,18 @@ def check_head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | No
             raise ValueError(f"{name} is on {tensor.device} but hidden is on {hidden.device}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    check_labels(labels, hidden.shape[0], weight.shape[0], hidden.device)
+    check_labels(labels, hidden.shape[0], hidden.device)
 
 
-def check_labels(labels: Tensor, num_rows: int, vocab: int, device: torch.device) -> None:
+def check_labels(labels: Tensor, num_rows: int, device: torch.device) -> None:
     if labels.shape != (num_rows,) or labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64 of shape ({num_rows},), got {labels.dtype} {tuple(labels.shape)}")
+    if labels.device.type != "cpu" and labels.device != device:
+        raise ValueError(f"labels are on {labels.device}; put them on {device} with the rest, or on the CPU")
+
+
+def check_label_values(labels: Tensor, vocab: int) -> None:
     if labels.device.type != "cpu":
-        if labels.device != device:
-            raise ValueError(f"labels are on {labels.device}; put them on {device} with the rest, or on the CPU")
         return  # a look at them would be a device sync; the kernels answer a label outside the vocabulary with NaN
     outside = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab))
     if outside.any():
@@ -52,23 +55,34 @@ def check_labels(labels: Tensor, num_rows: int, vocab: int, device: torch.device
         )
 
 
-def check_cu_seqlens(cu_seqlens: Tensor | Sequence[int], num_rows: int, *, pairs: bool = False) -> list[int]:
-    """The boundaries as a list of ints, or a ValueError that says what is wrong with them."""
-    if isinstance(cu_seqlens, Tensor) and (cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point()):
+def as_boundaries(cu_seqlens: Tensor | Sequence[int], *, pairs: bool = False) -> Tensor:
+    """cu_seqlens as an integer tensor (S + 1,), S even if they are pairs; `boundaries` checks the values."""
+    if not isinstance(cu_seqlens, Tensor):
+        cu_seqlens = torch.tensor([operator.index(b) for b in cu_seqlens], dtype=torch.int64)
+    if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
         raise ValueError(
             f"cu_seqlens must be integers of shape (S + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
         )
-    bounds = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else [operator.index(b) for b in cu_seqlens]
-    if not bounds or bounds[0] != 0 or bounds[-1] != num_rows:
-        found = f"{bounds[0]} … {bounds[-1]}" if bounds else "an empty list"
-        raise ValueError(f"cu_seqlens must run from 0 to the number of rows, {num_rows}; got {found}")
+    if cu_seqlens.shape[0] == 0:
+        raise ValueError("cu_seqlens must run from 0 to the number of rows; got an empty list")
+    if pairs and cu_seqlens.shape[0] % 2 == 0:
+        raise ValueError(
+            f"cu_seqlens counts {cu_seqlens.shape[0] - 1} sequences; pairs need an even number, "
+            "chosen and rejected in turn"
+        )
+    return cu_seqlens
+
+
+def boundaries(cu_seqlens: Tensor, num_rows: int) -> list[int]:
+    """The boundaries as a list of ints, or a ValueError that says what is wrong with them."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != num_rows:
+        raise ValueError(
+            f"cu_seqlens must run from 0 to the number of rows, {num_rows}; got {bounds[0]} … {bounds[-1]}"
+        )
     for s, (start, end) in enumerate(itertools.pairwise(bounds)):
         if end < start:
             raise ValueError(f"cu_seqlens must not decrease; sequence {s} runs from {start} to {end}")
-    if pairs and len(bounds) % 2 == 0:
-        raise ValueError(
-            f"cu_seqlens counts {len(bounds) - 1} sequences; pairs need an even number, chosen and rejected in turn"
-        )
     return bounds
 
 

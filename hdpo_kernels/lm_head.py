@@ -7,11 +7,14 @@ the thin side of each GEMM:
     d_hidden_t = c_t · (g_t W)            d_weight = Σ_t g_tᵀ (c_t h_t)            d_bias = Σ_t c_t g_t
 """
 
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hdpo_kernels.checks import check_label_values
 from hdpo_kernels.chunks import rows_for
 from hdpo_kernels.gemm import addmm_into, mm_into
 from hdpo_kernels.naive import IGNORE_INDEX
@@ -33,29 +36,77 @@ class HeadOptions:
             raise ValueError(f"chunk_bytes must be a positive int, or None for the default, got {self.chunk_bytes}")
 
 
+class ScoredRows:
+    """Which of N rows go through the head: those with a label, where labels on the CPU tell, otherwise all."""
+
+    def __init__(self, labels: Tensor, vocab: int, device: torch.device) -> None:
+        check_label_values(labels, vocab)
+        self.num_rows, self._keep = labels.shape[0], _scored(labels)
+        self._index = None if self._keep is None else self._keep.to(device, non_blocking=True)
+        self.labels = self.select(labels).contiguous().to(device, non_blocking=True)
+
+    def select(self, rows: Tensor) -> Tensor:
+        """(N, …) -> (scored, …)"""
+        index = self._keep if rows.device.type == "cpu" else self._index
+        return rows if index is None else rows.index_select(0, index)
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """(scored, …) -> (N, …), zero elsewhere"""
+        if self._index is None:
+            return rows
+        return rows.new_zeros(self.num_rows, *rows.shape[1:]).index_copy_(0, self._index, rows)
+
+    def boundaries(self, cu_seqlens: list[int]) -> list[int]:
+        """Boundaries in N -> boundaries in the scored rows."""
+        return cu_seqlens if self._keep is None else torch.searchsorted(self._keep, torch.tensor(cu_seqlens)).tolist()
+
+
+def _scored(labels: Tensor) -> Tensor | None:
+    """Indices of the rows with a label, or None for "all", or where finding out would cost a device sync."""
+    if labels.device.type != "cpu":
+        return None
+    scored = labels != IGNORE_INDEX
+    return None if scored.all() else scored.nonzero().squeeze(1)
+
+
 class LMHead:
-    """hidden (N, H) and weight (V, H), of one dtype, with the buffers that its pieces share."""
+    """hidden (N, H) and weight (V, H), cast to one dtype, with the buffers that its pieces share.
+
+    On a CPU the heads of one thread share them too: a new one ends the use of the last.
+    """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: HeadOptions, with_grad: bool
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        options: HeadOptions,
+        dtype: torch.dtype,
+        with_grad: bool,
     ) -> None:
-        self.hidden, self.weight, self.labels = hidden, weight, labels.contiguous()
-        self.bias = None if bias is None else bias.contiguous()
+        self.hidden, self.weight, self.labels = hidden.to(dtype), weight.to(dtype), labels
+        self.bias = None if bias is None else bias.to(dtype).contiguous()
         self.options, self.with_grad = options, with_grad
         num_rows, vocab = hidden.shape[0], weight.shape[0]
-        self.dtype = torch.promote_types(hidden.dtype, torch.float32)
+        self.dtype = full_precision(dtype)
         self.piece_rows, self.tile_rows = rows_for(
             options.chunk_bytes or _default_chunk_bytes(hidden.device, vocab),
             vocab,
             self.dtype.itemsize,
-            hidden.dtype.itemsize if with_grad else None,
+            dtype.itemsize if with_grad else None,
         )
         self.logp = torch.zeros(num_rows, dtype=self.dtype, device=hidden.device)
         self.entropy = torch.zeros_like(self.logp)
-        self._logits = hidden.new_empty(min(self.tile_rows, num_rows), vocab, dtype=self.dtype)
-        self._grad = self._logits
-        if with_grad and hidden.dtype != self.dtype:
-            self._grad = hidden.new_empty(min(self.piece_rows, num_rows), vocab)
+        tables = [(min(self.tile_rows, num_rows), self.dtype)]
+        if with_grad and dtype != self.dtype:
+            tables.append((min(self.piece_rows, num_rows), dtype))
+        self._logits, *grad = _buffers(hidden.device, vocab, *tables)
+        self._grad = grad[0] if grad else self._logits
+
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        for start in range(0, self.hidden.shape[0], self.piece_rows):
+            yield start, min(start + self.piece_rows, self.hidden.shape[0])
 
     def score(self, start: int, end: int) -> Tensor:
         """Fill logp and entropy of rows start … end; return their gradient rows, valid until the next call."""
@@ -89,6 +140,10 @@ class WeightGrad:
         self.sums = [None if w is None else w.new_empty(w.shape, dtype=head.dtype) for w in wanted]
         self.empty = True
 
+    @property
+    def wanted(self) -> bool:
+        return any(acc is not None for acc in self.sums)
+
     def add(self, head: LMHead, grad: Tensor, start: int, end: int, scale: Tensor, unit: float = 1.0) -> None:
         """+= Σ_t scale_t g_tᵀ h_t over rows start … end, `grad` being their gradient rows.
 
@@ -114,20 +169,43 @@ class WeightGrad:
             if acc is not None:
                 acc.mul_(factor)
 
-    def times(self, factor: Tensor, dtypes: tuple[torch.dtype | None, torch.dtype | None]) -> tuple[Tensor | None, ...]:
-        """factor · (d_weight, d_bias), rounded once to the given dtypes. Consumes the sums."""
-        results: list[Tensor | None] = []
-        for acc, dtype in zip(self.sums, dtypes, strict=True):
-            if acc is None:
-                results.append(None)
-            elif self.empty:
-                results.append(acc.new_zeros(acc.shape, dtype=dtype))
-            else:
-                results.append(
-                    torch.mul(acc, factor, out=acc if acc.dtype == dtype else acc.new_empty(acc.shape, dtype=dtype))
-                )
-        self.sums = []
-        return tuple(results)
+    def total(self) -> list[Tensor | None]:
+        """[d_weight, d_bias], those that are wanted."""
+        if self.empty:
+            self.sums = [None if acc is None else acc.zero_() for acc in self.sums]
+        return self.sums
+
+
+def full_precision(dtype: torch.dtype) -> torch.dtype:
+    """What a dtype is accumulated in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def times(acc: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """factor · acc, rounded once to dtype; overwrites acc where that is of dtype already."""
+    return torch.mul(acc, factor, out=acc if acc.dtype == dtype else acc.new_empty(acc.shape, dtype=dtype))
+
+
+_kept = threading.local()
+
+
+def _buffers(device: torch.device, vocab: int, *tables: tuple[int, torch.dtype]) -> list[Tensor]:
+    """Uninitialised (rows, vocab) for each (rows, dtype), in one piece of memory that is this thread's next call's too.
+
+    A CPU's system zeroes pages at their first touch and takes large blocks back when they are freed: together up to a
+    third of the GEMM that writes the logits. CUDA's allocator keeps its blocks by itself.
+    """
+    sizes = [-(-rows * vocab * dtype.itemsize // 512) * 512 for rows, dtype in tables]  # rows aligned as GEMMs like it
+    memory = getattr(_kept, "memory", None)
+    if device.type != "cpu" or memory is None or memory.numel() < sum(sizes):
+        memory = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        if device.type == "cpu":
+            _kept.memory = memory
+    parts = memory[: sum(sizes)].split(sizes)
+    return [
+        part[: rows * vocab * dtype.itemsize].view(dtype).view(rows, vocab)
+        for part, (rows, dtype) in zip(parts, tables, strict=True)
+    ]
 
 
 def _default_chunk_bytes(device: torch.device, vocab: int) -> int:

@@ -1,12 +1,15 @@
 """Differentiable log-probabilities per token, for losses written outside: 1 GEMM forward, 3 backward, no logits."""
 
+from dataclasses import astuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hdpo_kernels.checks import check_head
-from hdpo_kernels.lm_head import HeadOptions, LMHead, WeightGrad
-from hdpo_kernels.naive import IGNORE_INDEX, TokenLogp
+from hdpo_kernels.lm_head import HeadOptions, LMHead, ScoredRows, WeightGrad, full_precision, times
+from hdpo_kernels.naive import TokenLogp
+from hdpo_kernels.ops import operator
 
 
 def linear_logp(
@@ -35,23 +38,8 @@ def linear_logp(
     """
     options = HeadOptions(softcap, logit_scale, chunk_bytes)
     check_head(hidden, weight, labels, bias, gradient)
-    keep = scored_rows(labels)
-    if keep is None:
-        return TokenLogp(*_apply(hidden, weight, bias, labels.to(hidden.device, non_blocking=True), options))
-    index = keep.to(hidden.device, non_blocking=True)
-    logp, entropy = _apply(
-        hidden.index_select(0, index), weight, bias, labels[keep].to(hidden.device, non_blocking=True), options
-    )
-    full = logp.new_zeros(hidden.shape[0])
-    return TokenLogp(full.index_copy(0, index, logp), full.index_copy(0, index, entropy))
-
-
-def scored_rows(labels: Tensor) -> Tensor | None:
-    """Indices of the scored rows, or None for "all", or where finding out would cost a device sync."""
-    if labels.device.type != "cpu":
-        return None
-    scored = labels != IGNORE_INDEX
-    return None if scored.all() else scored.nonzero().squeeze(1)
+    dtype, needs = compute_dtype(hidden), needs_grad(hidden, weight, bias)
+    return TokenLogp(*LinearLogp.apply(hidden, weight, bias, labels, *astuple(options), dtype, needs))
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -61,61 +49,96 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def _apply(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: HeadOptions):
-    dtype = compute_dtype(hidden)
+def needs_grad(*tensors: Tensor | None) -> list[bool]:
+    return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
+
+
+def _fake_linear_logp(hidden, weight, bias, labels, *options):
+    dtype = full_precision(options[-1])
+    return hidden.new_empty(hidden.shape[0], dtype=dtype), hidden.new_empty(hidden.shape[0], dtype=dtype)
+
+
+@operator(_fake_linear_logp)
+def _linear_logp(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    chunk_bytes: int | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """logp (N,), entropy (N,)"""
+    options = HeadOptions(softcap, logit_scale, chunk_bytes)
+    rows = ScoredRows(labels, weight.shape[0], hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
-        return LinearLogp.apply(hidden, weight, bias, labels, options, dtype)
+        head = LMHead(rows.select(hidden), weight, bias, rows.labels, options, dtype, with_grad=False)
+        for start, end in head.pieces():
+            head.score(start, end)
+    return rows.spread(head.logp), rows.spread(head.entropy)
+
+
+def _fake_linear_logp_backward(d_logp, hidden, weight, bias, labels, *options):
+    return [t.new_empty(t.shape) for t, need in zip((hidden, weight, bias), options[-1], strict=True) if need]
+
+
+@operator(_fake_linear_logp_backward)
+def _linear_logp_backward(
+    d_logp: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    chunk_bytes: int | None,
+    dtype: torch.dtype,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Those of d_hidden (N, H), d_weight (V, H), d_bias (V,) that `needs` names."""
+    options = HeadOptions(softcap, logit_scale, chunk_bytes)
+    rows = ScoredRows(labels, weight.shape[0], hidden.device)
+    d_logp = rows.select(d_logp)
+    # What the loss scales rows by can be of any size; relative to the largest it cannot overflow fp16.
+    largest = d_logp.abs().amax().clamp(min=torch.finfo(d_logp.dtype).tiny) if d_logp.numel() else d_logp.new_ones(())
+    relative = d_logp / largest
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = LMHead(rows.select(hidden), weight, bias, rows.labels, options, dtype, with_grad=True)
+        d_hidden = torch.empty_like(head.hidden, memory_format=torch.contiguous_format) if needs[0] else None
+        d_weight = WeightGrad(head, *needs[1:])
+        for start, end in head.pieces():
+            grad = head.score(start, end)
+            if d_hidden is not None:
+                torch.mm(grad, head.weight, out=d_hidden[start:end])
+            d_weight.add(head, grad, start, end, relative[start:end])
+        results = [] if d_hidden is None else [rows.spread(d_hidden.to(hidden.dtype).mul_(d_logp.unsqueeze(1)))]
+        for acc, tensor in zip(d_weight.total(), (weight, bias), strict=True):
+            if acc is not None and tensor is not None:
+                results.append(times(acc, largest, tensor.dtype))
+    return results
 
 
 class LinearLogp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, options, dtype):
-        ctx.set_materialize_grads(False)
+    def forward(ctx, hidden, weight, bias, labels, *options):
+        *ctx.options, ctx.needs = options
         ctx.save_for_backward(hidden, weight, bias, labels)
-        ctx.options, ctx.dtype = options, dtype
-        head = LMHead(hidden.to(dtype), weight.to(dtype), cast_or_none(bias, dtype), labels, options, with_grad=False)
-        for start in range(0, hidden.shape[0], head.piece_rows):
-            head.score(start, min(start + head.piece_rows, hidden.shape[0]))
-        return head.logp, head.entropy
+        ctx.set_materialize_grads(False)
+        return _linear_logp(hidden, weight, bias, labels, *ctx.options)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_logp, d_entropy):
         if d_entropy is not None:
-            raise NotImplementedError(
-                "linear_logp has no gradient through entropy: detach it, or use hdpo_kernels.naive.linear_logp"
-            )
+            if not torch.compiler.is_compiling():
+                raise NotImplementedError(
+                    "linear_logp has no gradient through entropy: detach it, or use hdpo_kernels.naive.linear_logp"
+                )
+            # A compiled graph passes zeros where nothing flows; what does flow must not be lost silently.
+            d_entropy = torch.where(d_entropy == 0, 0.0, torch.nan)
+            d_logp = d_entropy if d_logp is None else d_logp + d_entropy
         if d_logp is None:
-            return (None,) * 6
-        hidden, weight, bias, labels = ctx.saved_tensors
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dtype = ctx.dtype
-        # What the loss scales rows by can be of any size; relative to the largest it cannot overflow fp16.
-        largest = (
-            d_logp.abs().amax().clamp(min=torch.finfo(d_logp.dtype).tiny) if d_logp.numel() else d_logp.new_ones(())
-        )
-        relative = d_logp / largest
-        head = LMHead(
-            hidden.to(dtype), weight.to(dtype), cast_or_none(bias, dtype), labels, ctx.options, with_grad=True
-        )
-        d_hidden = torch.empty_like(head.hidden, memory_format=torch.contiguous_format) if need_hidden else None
-        d_weight = WeightGrad(head, need_weight, need_bias) if need_weight or need_bias else None
-        for start in range(0, hidden.shape[0], head.piece_rows):
-            end = min(start + head.piece_rows, hidden.shape[0])
-            grad = head.score(start, end)
-            if d_hidden is not None:
-                torch.mm(grad, head.weight, out=d_hidden[start:end])
-            if d_weight is not None:
-                d_weight.add(head, grad, start, end, relative[start:end])
-        if d_hidden is not None:
-            d_hidden = d_hidden.to(hidden.dtype).mul_(d_logp.unsqueeze(1))
-        grads = (None, None) if d_weight is None else d_weight.times(largest, (weight.dtype, dtype_or_none(bias)))
-        return d_hidden, *grads, None, None, None
-
-
-def cast_or_none(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
-
-
-def dtype_or_none(tensor: Tensor | None) -> torch.dtype | None:
-    return None if tensor is None else tensor.dtype
+            return (None,) * (5 + len(ctx.options))
+        grads = iter(_linear_logp_backward(d_logp, *ctx.saved_tensors, *ctx.options, ctx.needs))
+        return *(next(grads) if need else None for need in ctx.needs), *(None,) * (2 + len(ctx.options))

@@ -7,17 +7,26 @@ N scored rows, V vocabulary, H hidden size, S = 2P sequences interleaved chosen,
 """
 
 from collections.abc import Sequence
+from dataclasses import astuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hdpo_kernels import pair
-from hdpo_kernels.checks import check_cu_seqlens, check_head, check_labels, check_ref_logps
+from hdpo_kernels.checks import (
+    as_boundaries,
+    boundaries,
+    check_head,
+    check_label_values,
+    check_labels,
+    check_ref_logps,
+)
 from hdpo_kernels.chunks import plan_chunks
-from hdpo_kernels.lm_head import HeadOptions, LMHead, WeightGrad
-from hdpo_kernels.logp import cast_or_none, compute_dtype, dtype_or_none, scored_rows
+from hdpo_kernels.lm_head import HeadOptions, LMHead, ScoredRows, WeightGrad, full_precision, times
+from hdpo_kernels.logp import compute_dtype, needs_grad
 from hdpo_kernels.naive import IGNORE_INDEX, HDPOLoss
+from hdpo_kernels.ops import operator
 from hdpo_kernels.pair import PairOptions
 from hdpo_kernels.rows import backend
 from hdpo_kernels.sequence import sequence_of_row
@@ -63,107 +72,145 @@ def linear_hdpo_loss(
     head_options = HeadOptions(softcap, logit_scale, chunk_bytes)
     pair_options = PairOptions(alpha, beta, loss_type, label_smoothing, nll_weight)
     check_head(hidden, weight, labels, bias, gradient)
-    bounds = check_cu_seqlens(cu_seqlens, hidden.shape[0], pairs=True)
-    check_ref_logps(ref_logps, len(bounds) - 1, hidden.device)
+    cu_seqlens = as_boundaries(cu_seqlens, pairs=True)
+    check_ref_logps(ref_logps, cu_seqlens.shape[0] - 1, hidden.device)
+    inputs = (hidden, weight, bias, labels, ref_logps, cu_seqlens)
+    options = (*astuple(head_options), *astuple(pair_options))
+    return _unpack(LinearHDPOLoss.apply(*inputs, *options, compute_dtype(hidden), needs_grad(hidden, weight, bias)))
 
-    keep = scored_rows(labels)
-    if keep is not None:
-        before = torch.cat([torch.zeros(1, dtype=torch.int64), (labels != IGNORE_INDEX).cumsum(0)])
-        bounds = before[bounds].tolist()
-        hidden, labels = hidden.index_select(0, keep.to(hidden.device, non_blocking=True)), labels[keep]
-    labels = labels.to(hidden.device, non_blocking=True)
-    needs_grad = torch.is_grad_enabled()
-    dtype = compute_dtype(hidden)
+
+def _fake_linear_hdpo_loss(hidden, weight, bias, labels, ref_logps, cu_seqlens, *options):
+    *_, dtype, needs = options
+    full = full_precision(dtype)
+    grads = zip((hidden, weight, bias), (dtype, full, full), needs, strict=True)
+    results = _fake_results(hidden, cu_seqlens, full, any(needs))
+    return *results, [t.new_empty(t.shape, dtype=d) for t, d, need in grads if need]
+
+
+@operator(_fake_linear_hdpo_loss)
+def _linear_hdpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ref_logps: Tensor | None,
+    cu_seqlens: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    chunk_bytes: int | None,
+    alpha: float,
+    beta: float,
+    loss_type: str,
+    label_smoothing: float,
+    nll_weight: float,
+    dtype: torch.dtype,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """loss (), logps (S,), entropy (S,), rewards (S,), row_scale (N,), [d_hidden (N, H), d_weight (V, H), d_bias (V,)].
+
+    Gradients are those that `needs` names: d_hidden still without row_scale, ∂loss/∂ℓ of each row's sequence; d_weight
+    and d_bias in full precision.
+    """
+    options = PairOptions(alpha, beta, loss_type, label_smoothing, nll_weight)
+    rows = ScoredRows(labels, weight.shape[0], hidden.device)
+    bounds = rows.boundaries(boundaries(cu_seqlens, hidden.shape[0]))
     with torch.autocast(hidden.device.type, enabled=False):
-        return HDPOLoss(
-            *LinearHDPOLoss.apply(
-                hidden, weight, bias, labels, ref_logps, bounds, head_options, pair_options, dtype, needs_grad
-            )
-        )
+        head = LMHead(
+            rows.select(hidden), weight, bias, rows.labels, HeadOptions(softcap, logit_scale, chunk_bytes), dtype,
+            any(needs),
+        )  # fmt: skip
+        lengths = _scored_lengths(head.labels, bounds, head.dtype)
+        ref_logps = None if ref_logps is None else ref_logps.to(head.dtype)
+        logps, coefficients, d_hidden, d_weight = _one_pass(head, bounds, lengths, ref_logps, options, needs)
+        result = pair.evaluate(logps, ref_logps, lengths, options)
+        entropy = backend(head.entropy).sequence_sum(head.entropy, bounds) / lengths.clamp(min=1)
+    grads = [] if d_hidden is None else [rows.spread(d_hidden)]
+    grads += [acc for acc in d_weight.total() if acc is not None]
+    row_scale = rows.spread(coefficients[sequence_of_row(bounds, hidden.device)]) if any(needs) else logps.new_empty(0)
+    return result.loss, logps, entropy, _rewards(result), row_scale, grads
+
+
+def _one_pass(
+    head: LMHead,
+    cu_seqlens: list[int],
+    lengths: Tensor,  # (S,)
+    ref_logps: Tensor | None,  # (S,)
+    options: PairOptions,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor | None, WeightGrad]:
+    """logps (S,), c (S,), d_hidden (N, H) to be multiplied by c of each row's sequence, d_weight."""
+    num_pairs = len(cu_seqlens) // 2
+    a, k = pair.sequence_coefficients(num_pairs, lengths, options)
+    unit = options.gradient_unit(num_pairs)
+    logps, coefficients = torch.zeros_like(lengths), torch.zeros_like(lengths)
+    d_hidden = torch.empty_like(head.hidden, memory_format=torch.contiguous_format) if needs[0] else None
+    d_weight = WeightGrad(head, *needs[1:])
+    spare = None  # a second buffer for d_weight, made when a long pair needs one
+
+    for first, last, pieces in plan_chunks(cu_seqlens, head.piece_rows):
+        seqs = slice(2 * first, 2 * last)
+        rows = slice(cu_seqlens[seqs.start], cu_seqlens[seqs.stop])
+        bounds = [b - rows.start for b in cu_seqlens[seqs.start : seqs.stop + 1]]
+        gathered = None  # of a pair in several pieces: Σ a_s g_tᵀ h_t, while f'(u) is not known yet
+        if d_weight.wanted and len(pieces) > 1:
+            if d_weight.empty and not options.nll_weight:
+                gathered = d_weight  # nothing else is in it yet: the first long pair needs no second buffer
+            else:
+                gathered = spare = spare or WeightGrad(head, *needs[1:])
+                gathered.empty = True
+
+        for start, end, sequence in pieces:
+            grad = head.score(start, end)
+            if d_hidden is not None:
+                torch.mm(grad, head.weight, out=d_hidden[start:end])
+            if gathered is not None:
+                gathered.add(head, grad, start, end, a[sequence].expand(end - start), unit)
+                if options.nll_weight and (sequence, end) == (2 * first, cu_seqlens[2 * first + 1]):
+                    # the chosen sequence is complete, and the nll term's share of it known
+                    d_weight.fold(gathered, k[sequence] / a[sequence])
+
+        logps[seqs] = backend(head.logp).sequence_sum(head.logp[rows], bounds)
+        if not any(needs):
+            continue
+        slope = pair.slope(logps[seqs], None if ref_logps is None else ref_logps[seqs], lengths[seqs], options)
+        coefficients[seqs] = a[seqs] * slope.repeat_interleave(2) + k[seqs]
+        if gathered is d_weight:
+            d_weight.scale(slope)
+        elif gathered is not None:
+            d_weight.fold(gathered, slope)
+        elif d_weight.wanted:
+            per_row = coefficients[seqs][sequence_of_row(bounds, lengths.device)]
+            d_weight.add(head, grad, rows.start, rows.stop, per_row, unit)
+    return logps, coefficients, d_hidden, d_weight
 
 
 class LinearHDPOLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, hidden, weight, bias, labels, ref_logps, cu_seqlens, head_options, pair_options, dtype, needs_grad
-    ):  # fmt: skip
-        need_hidden, need_weight, need_bias = (needs_grad and need for need in ctx.needs_input_grad[:3])
-        need_grad = need_hidden or need_weight or need_bias
-        head = LMHead(hidden.to(dtype), weight.to(dtype), cast_or_none(bias, dtype), labels, head_options, need_grad)
-        num_pairs = (len(cu_seqlens) - 1) // 2
-        lengths = _scored_lengths(labels, cu_seqlens, head.dtype)
-        ref_logps = None if ref_logps is None else ref_logps.to(head.dtype)
-        a, k = pair.sequence_coefficients(num_pairs, lengths, pair_options)
-        unit = pair_options.gradient_unit(num_pairs)
-
-        logps = torch.zeros_like(lengths)
-        coefficients = torch.zeros_like(lengths)  # c (S,)
-        d_hidden = torch.empty_like(head.hidden, memory_format=torch.contiguous_format) if need_hidden else None
-        d_weight = WeightGrad(head, need_weight, need_bias) if need_weight or need_bias else None
-        spare = None  # a second buffer for d_weight, made when a long pair needs one
-
-        for first, last, pieces in plan_chunks(cu_seqlens, head.piece_rows):
-            seqs = slice(2 * first, 2 * last)
-            rows = slice(cu_seqlens[seqs.start], cu_seqlens[seqs.stop])
-            bounds = [b - rows.start for b in cu_seqlens[seqs.start : seqs.stop + 1]]
-            gathered = None  # of a pair in several pieces: Σ a_s g_tᵀ h_t, while f'(u) is not known yet
-            if d_weight is not None and len(pieces) > 1:
-                if d_weight.empty and not pair_options.nll_weight:
-                    gathered = d_weight  # nothing else is in it yet: the first long pair needs no second buffer
-                else:
-                    gathered = spare = spare or WeightGrad(head, need_weight, need_bias)
-                    gathered.empty = True
-
-            for start, end, sequence in pieces:
-                grad = head.score(start, end)
-                if d_hidden is not None:
-                    torch.mm(grad, head.weight, out=d_hidden[start:end])  # unscaled; backward multiplies by c
-                if gathered is not None and d_weight is not None:
-                    gathered.add(head, grad, start, end, a[sequence].expand(end - start), unit)
-                    if pair_options.nll_weight and (sequence, end) == (2 * first, cu_seqlens[2 * first + 1]):
-                        # the chosen sequence is complete, and the nll term's share of it known
-                        d_weight.fold(gathered, k[sequence] / a[sequence])
-
-            logps[seqs] = backend(head.logp).sequence_sum(head.logp[rows], bounds)
-            if not need_grad:
-                continue
-            slope = pair.slope(logps[seqs], None if ref_logps is None else ref_logps[seqs], lengths[seqs], pair_options)
-            coefficients[seqs] = a[seqs] * slope.repeat_interleave(2) + k[seqs]
-            if d_weight is None:
-                continue
-            if gathered is None:
-                d_weight.add(
-                    head, grad, *pieces[0][:2], coefficients[seqs][sequence_of_row(bounds, hidden.device)], unit
-                )
-            elif gathered is d_weight:
-                d_weight.scale(slope)
-            else:
-                d_weight.fold(gathered, slope)
-
-        result = pair.evaluate(logps, ref_logps, lengths, pair_options)
-        entropy = backend(head.entropy).sequence_sum(head.entropy, cu_seqlens) / lengths.clamp(min=1)
-        result = result._replace(entropy=entropy)
-        ctx.d_hidden, ctx.d_weight, ctx.coefficients, ctx.cu_seqlens = d_hidden, d_weight, coefficients, cu_seqlens
-        ctx.dtypes = (hidden.dtype, weight.dtype, dtype_or_none(bias))
-        ctx.mark_non_differentiable(*result[1:])
+    def forward(ctx, hidden, weight, bias, *rest):
+        *results, row_scale, grads = _linear_hdpo_loss(hidden, weight, bias, *rest)
+        # Attributes, not saved tensors: a checkpointed region is not run again for what nobody needs.
+        ctx.row_scale, ctx.grads, ctx.needs, ctx.num_inputs = row_scale, grads, rest[-1], 3 + len(rest)
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
+        ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
-        return tuple(result)
+        return tuple(results)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_loss, *_):
+        results: list[Tensor | None] = [None] * ctx.num_inputs
         if d_loss is None:
-            return (None,) * 10
-        if ctx.coefficients is None:
+            return tuple(results)
+        if ctx.grads is None:
             raise RuntimeError(_CONSUMED.format("linear_hdpo_loss"))
-        d_hidden, grads = ctx.d_hidden, (None, None)
-        if d_hidden is not None:
-            row_scale = (d_loss * ctx.coefficients)[sequence_of_row(ctx.cu_seqlens, d_hidden.device)]
-            d_hidden = d_hidden.to(ctx.dtypes[0]).mul_(row_scale.unsqueeze(1))
-        if ctx.d_weight is not None:
-            grads = ctx.d_weight.times(d_loss, ctx.dtypes[1:])
-        ctx.d_hidden = ctx.d_weight = ctx.coefficients = None
-        return d_hidden, *grads, *(None,) * 7
+        wanted = [i for i, need in enumerate(ctx.needs) if need]
+        for i, grad in zip(wanted, ctx.grads, strict=True):
+            if i == 0:
+                results[i] = grad.to(ctx.dtypes[i]).mul_((d_loss * ctx.row_scale).unsqueeze(1))
+            else:
+                results[i] = times(grad, d_loss, ctx.dtypes[i])
+        ctx.grads = None
+        return tuple(results)
 
 
 def hdpo_loss(
@@ -188,7 +235,7 @@ def hdpo_loss(
 
     Raises ValueError / TypeError for shapes, dtypes, devices, boundaries, labels or options that do not fit.
     """
-    head_options = HeadOptions(softcap, logit_scale)
+    HeadOptions(softcap, logit_scale)  # checks them
     pair_options = PairOptions(alpha, beta, loss_type, label_smoothing, nll_weight)
     if logits.dim() != 2 or not logits.is_floating_point():
         raise ValueError(f"logits must be floating of shape (N, V), got {logits.dtype} {tuple(logits.shape)}")
@@ -197,58 +244,100 @@ def hdpo_loss(
         raise ValueError("inplace=True would overwrite a leaf that requires grad, or a view of one; pass inplace=False")
     if inplace and logits.stride(1) != 1:
         raise ValueError(f"inplace=True needs rows without gaps, got strides {logits.stride()}; pass inplace=False")
-    check_labels(labels, logits.shape[0], logits.shape[1], logits.device)
-    bounds = check_cu_seqlens(cu_seqlens, logits.shape[0], pairs=True)
-    check_ref_logps(ref_logps, len(bounds) - 1, logits.device)
-    labels = labels.to(logits.device, non_blocking=True)
+    check_labels(labels, logits.shape[0], logits.device)
+    cu_seqlens = as_boundaries(cu_seqlens, pairs=True)
+    check_ref_logps(ref_logps, cu_seqlens.shape[0] - 1, logits.device)
     if logits.stride(1) != 1:
         logits, inplace = logits.contiguous(), True  # row operations walk along rows; the copy is ours to overwrite
-    needs_grad = torch.is_grad_enabled() and logits.requires_grad
-    return HDPOLoss(
-        *LogitsHDPOLoss.apply(logits, labels, ref_logps, bounds, head_options, pair_options, inplace, needs_grad)
+    inplace = inplace and not torch.compiler.is_compiling()  # a compiled graph's memory is the compiler's
+    options = (softcap, logit_scale, *astuple(pair_options), *needs_grad(logits))
+    return _unpack(LogitsHDPOLoss.apply(logits, labels, ref_logps, cu_seqlens, inplace, *options))
+
+
+def _fake_hdpo_loss(logits, labels, ref_logps, cu_seqlens, *options):
+    need = options[-1]
+    results = _fake_results(logits, cu_seqlens, full_precision(logits.dtype), need)
+    return *results, torch.empty_like(logits) if need else logits.new_empty(0)
+
+
+@operator(_fake_hdpo_loss)
+def _hdpo_loss(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logps: Tensor | None,
+    cu_seqlens: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    alpha: float,
+    beta: float,
+    loss_type: str,
+    label_smoothing: float,
+    nll_weight: float,
+    need: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss (), logps (S,), entropy (S,), rewards (S,), row_scale (N,), d_logits (N, V) still without row_scale"""
+    grad = torch.empty_like(logits) if need else logits.new_empty(0)
+    options = PairOptions(alpha, beta, loss_type, label_smoothing, nll_weight)
+    return *_from_logits(logits, labels, ref_logps, cu_seqlens, softcap, logit_scale, options, grad), grad
+
+
+def _from_logits(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logps: Tensor | None,
+    cu_seqlens: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    options: PairOptions,
+    grad: Tensor,  # (N, V) receives ∂logp/∂logits, may be the logits; empty: not wanted
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_label_values(labels, logits.shape[1])
+    bounds = boundaries(cu_seqlens, logits.shape[0])
+    labels = labels.contiguous().to(logits.device, non_blocking=True)
+    need, inplace = grad.shape == logits.shape, grad is logits
+    stats = backend(logits).row_stats(
+        logits, labels, softcap=softcap, logit_scale=logit_scale, grad_out=grad if need else None, overwrite=inplace
     )
+    lengths = _scored_lengths(labels, bounds, stats.logp.dtype)
+    ref_logps = None if ref_logps is None else ref_logps.to(stats.logp.dtype)
+    logps = backend(stats.logp).sequence_sum(stats.logp, bounds)
+    result = pair.evaluate(logps, ref_logps, lengths, options)
+    entropy = backend(logps).sequence_sum(stats.entropy, bounds) / lengths.clamp(min=1)
+    row_scale = logps.new_empty(0)
+    if need:
+        a, k = pair.sequence_coefficients(len(logps) // 2, lengths, options)
+        coefficients = a * pair.slope(logps, ref_logps, lengths, options).repeat_interleave(2) + k
+        row_scale = coefficients[sequence_of_row(bounds, logits.device)]
+    return result.loss, logps, entropy, _rewards(result), row_scale
 
 
 class LogitsHDPOLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, ref_logps, cu_seqlens, head_options, pair_options, inplace, needs_grad):
-        grad = None if not needs_grad else logits if inplace else torch.empty_like(logits)
-        stats = backend(logits).row_stats(
-            logits,
-            labels.contiguous(),
-            softcap=head_options.softcap,
-            logit_scale=head_options.logit_scale,
-            grad_out=grad,
-            overwrite=inplace,
-        )
+    def forward(ctx, logits, labels, ref_logps, cu_seqlens, inplace, *options):
+        inputs = (logits, labels, ref_logps, cu_seqlens)
         if inplace:
+            softcap, logit_scale, *pair_options, need = options
+            grad = logits if need else logits.new_empty(0)
+            *results, row_scale = _from_logits(*inputs, softcap, logit_scale, PairOptions(*pair_options), grad)
             torch.autograd.graph.increment_version(logits)  # kernels do not; autograd must know that they are gone
-        lengths = _scored_lengths(labels, cu_seqlens, stats.logp.dtype)
-        ref_logps = None if ref_logps is None else ref_logps.to(stats.logp.dtype)
-        logps = backend(stats.logp).sequence_sum(stats.logp, cu_seqlens)
-        result = pair.evaluate(logps, ref_logps, lengths, pair_options)
-        entropy = backend(logps).sequence_sum(stats.entropy, cu_seqlens) / lengths.clamp(min=1)
-        result = result._replace(entropy=entropy)
-        if needs_grad:
-            a, k = pair.sequence_coefficients(len(logps) // 2, lengths, pair_options)
-            slope = pair.slope(logps, ref_logps, lengths, pair_options)
-            ctx.coefficients, ctx.cu_seqlens = a * slope.repeat_interleave(2) + k, cu_seqlens
-        ctx.grad = grad
-        ctx.mark_non_differentiable(*result[1:])
+        else:
+            *results, row_scale, grad = _hdpo_loss(*inputs, *options)
+        ctx.grad, ctx.row_scale, ctx.num_inputs = grad, row_scale, 5 + len(options)
+        ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
-        return tuple(result)
+        return tuple(results)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_loss, *_):
+        none = (None,) * (ctx.num_inputs - 1)
         if d_loss is None:
-            return (None,) * 8
+            return None, *none
         if ctx.grad is None:
             raise RuntimeError(_CONSUMED.format("hdpo_loss"))
-        row_scale = (d_loss * ctx.coefficients)[sequence_of_row(ctx.cu_seqlens, ctx.grad.device)]
-        d_logits = ctx.grad.mul_(row_scale.unsqueeze(1))
+        d_logits = ctx.grad.mul_((d_loss * ctx.row_scale).unsqueeze(1))
         ctx.grad = None
-        return d_logits, *(None,) * 7
+        return d_logits, *none
 
 
 _CONSUMED = (
@@ -261,3 +350,20 @@ def _scored_lengths(labels: Tensor, cu_seqlens: list[int], dtype: torch.dtype) -
     """(S,) scored tokens of each sequence."""
     scored = (labels != IGNORE_INDEX).to(dtype)
     return backend(scored).sequence_sum(scored, cu_seqlens)
+
+
+def _rewards(result: HDPOLoss) -> Tensor:
+    """(S,), since results of an operator share no memory."""
+    return torch.stack([result.chosen_rewards, result.rejected_rewards], 1).flatten()
+
+
+def _unpack(results: tuple[Tensor, ...]) -> HDPOLoss:
+    loss, logps, entropy, rewards = results
+    chosen, rejected = rewards[0::2], rewards[1::2]
+    return HDPOLoss(loss, logps, entropy, chosen, rejected, chosen - rejected)
+
+
+def _fake_results(like: Tensor, cu_seqlens: Tensor, dtype: torch.dtype, need: bool) -> tuple[Tensor, ...]:
+    num_sequences = cu_seqlens.shape[0] - 1
+    shapes = ((), num_sequences, num_sequences, num_sequences, like.shape[0] if need else 0)
+    return tuple(like.new_empty(shape, dtype=dtype) for shape in shapes)

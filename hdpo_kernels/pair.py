@@ -36,7 +36,7 @@ class PairOptions:
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
+            if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a positive number, got {value}")
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}; got {self.loss_type!r}")
@@ -44,7 +44,7 @@ class PairOptions:
             raise ValueError(
                 f"label_smoothing is the probability that a label is flipped, in [0, 0.5); got {self.label_smoothing}"
             )
-        if not (math.isfinite(self.nll_weight) and self.nll_weight >= 0):
+        if not 0 <= self.nll_weight < math.inf:
             raise ValueError(f"nll_weight must be zero or positive, got {self.nll_weight}")
 
     @property

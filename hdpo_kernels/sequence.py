@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hdpo_kernels.checks import check_cu_seqlens
+from hdpo_kernels.checks import as_boundaries, boundaries
+from hdpo_kernels.ops import operator
 from hdpo_kernels.rows import backend
 
 
@@ -20,7 +21,7 @@ def sequence_sum(values: Tensor, cu_seqlens: Tensor | Sequence[int]) -> Tensor:
     """
     if values.dim() != 1 or not values.is_floating_point():
         raise ValueError(f"values must be a floating tensor of shape (N,), got {values.dtype} {tuple(values.shape)}")
-    return SequenceSum.apply(values, check_cu_seqlens(cu_seqlens, values.shape[0]))
+    return SequenceSum.apply(values, as_boundaries(cu_seqlens))
 
 
 def sequence_of_row(cu_seqlens: list[int], device: torch.device) -> Tensor:
@@ -29,14 +30,23 @@ def sequence_of_row(cu_seqlens: list[int], device: torch.device) -> Tensor:
     return torch.repeat_interleave(lengths).to(device, non_blocking=True)
 
 
+def _fake_sequence_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return values.new_empty(cu_seqlens.shape[0] - 1, dtype=torch.promote_types(values.dtype, torch.float32))
+
+
+@operator(_fake_sequence_sum)
+def _sequence_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    values = values.to(torch.promote_types(values.dtype, torch.float32)).contiguous()
+    return backend(values).sequence_sum(values, boundaries(cu_seqlens, values.shape[0]))
+
+
 class SequenceSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values: Tensor, cu_seqlens: list[int]) -> Tensor:
-        ctx.cu_seqlens, ctx.dtype = cu_seqlens, values.dtype
-        if values.element_size() < 4:
-            values = values.float()
-        return backend(values).sequence_sum(values.contiguous(), cu_seqlens)
+    def forward(ctx, values: Tensor, cu_seqlens: Tensor) -> Tensor:
+        ctx.cu_seqlens, ctx.dtype, ctx.num_rows = cu_seqlens, values.dtype, values.shape[0]
+        return _sequence_sum(values, cu_seqlens)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad[sequence_of_row(ctx.cu_seqlens, grad.device)].to(ctx.dtype), None
+        lengths = ctx.cu_seqlens.diff().to(grad.device, non_blocking=True)
+        return grad.repeat_interleave(lengths, output_size=ctx.num_rows).to(ctx.dtype), None

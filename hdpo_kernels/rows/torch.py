@@ -58,12 +58,11 @@ def row_stats(
 
         top = z.amax(1, keepdim=True)
         z.sub_(top)
-        torch.exp(z, out=p)
-        total = p.sum(1)
-        log_total = total.log()
-        mean_z = torch.linalg.vecdot(p, z) / total
+        torch.softmax(z, 1, out=p)
+        log_total = p.amax(1).log_().neg_()  # the largest p is 1 / Σ e^z
+        mean_z = torch.linalg.vecdot(p, z)
         if not mean_z.isfinite().all():  # 0 · −inf from a vocabulary entry switched off by a bias of −inf
-            mean_z = torch.linalg.vecdot(p, z.masked_fill(z == -torch.inf, 0)) / total
+            mean_z = torch.linalg.vecdot(p, z.masked_fill(z == -torch.inf, 0))
         lse[rows] = log_total + top.squeeze(1)
         label_logp = z.gather(1, y).squeeze(1) - log_total
         logp[rows] = label_logp.masked_fill_(~valid, torch.nan).masked_fill_(~scored, 0)
@@ -72,7 +71,7 @@ def row_stats(
             continue
 
         torch.threshold_(p, _FLUSH_BELOW, 0.0)
-        grad = torch.mul(p, -1 / total.unsqueeze(1), out=z)
+        grad = torch.neg(p, out=z)
         grad.scatter_add_(1, y, valid.unsqueeze(1).to(dtype))
         if tanh is not None:
             grad.addcmul_(grad * tanh, tanh, value=-1)  # · (1 − tanh²), the softcap's derivative

@@ -36,7 +36,7 @@ PAIR_FAULTS = {
     "negative beta": ({"beta": -1.0}, "beta must be a positive number, got -1.0"),
     "rows left over": ({"cu_seqlens": [0, 3, 5, 6, 9]}, "run from 0 to the number of rows, 10; got 0 … 9"),
     "rows before the first": ({"cu_seqlens": [1, 3, 5, 6, 10]}, "number of rows, 10; got 1 … 10"),
-    "no boundaries": ({"cu_seqlens": []}, "number of rows, 10; got an empty list"),
+    "no boundaries": ({"cu_seqlens": []}, "the number of rows; got an empty list"),
     "decreasing boundaries": ({"cu_seqlens": [0, 5, 3, 6, 10]}, "must not decrease; sequence 1 runs from 5 to 3"),
     "an odd number of sequences": ({"cu_seqlens": [0, 3, 5, 10]}, "counts 3 sequences; pairs need an even number"),
     "boundaries of floats": ({"cu_seqlens": torch.tensor([0.0, 10.0])}, "must be integers .*got torch.float32"),

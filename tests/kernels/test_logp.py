@@ -13,7 +13,7 @@ HEAD = {"softcap": 6.0, "logit_scale": 0.7}
 @pytest.fixture
 def without_compaction(monkeypatch):
     """Labels are taken as on a device, where nobody looks at them: rows that are not scored go through the head."""
-    monkeypatch.setattr("hdpo_kernels.logp.scored_rows", lambda labels: None)
+    monkeypatch.setattr("hdpo_kernels.lm_head._scored", lambda labels: None)
 
 
 def run_logp(function, inputs, d_logp, bias=None, **options):

@@ -33,7 +33,7 @@ OPTIONS = {
 @pytest.fixture
 def without_compaction(monkeypatch):
     """Labels are taken as on a device, where nobody looks at them: rows that are not scored go through the head."""
-    monkeypatch.setattr("hdpo_kernels.loss.scored_rows", lambda labels: None)
+    monkeypatch.setattr("hdpo_kernels.lm_head._scored", lambda labels: None)
 
 
 def chunk_bytes(rows: int, inputs: HeadInputs) -> int:
@@ -114,7 +114,7 @@ def test_linear_hdpo_loss_is_the_same_without_compaction(device, monkeypatch):
     inputs.labels[3:7] = -100  # a sequence of which nothing is scored
     options = {"alpha": 0.9, "loss_type": "ipo", "nll_weight": 0.3, "chunk_bytes": chunk_bytes(ROWS, inputs)}
     on_host = run(linear_hdpo_loss, inputs._replace(labels=inputs.labels.cpu()), **options)
-    monkeypatch.setattr("hdpo_kernels.loss.scored_rows", lambda labels: None)
+    monkeypatch.setattr("hdpo_kernels.lm_head._scored", lambda labels: None)
     on_device = run(linear_hdpo_loss, inputs, **options)
     assert_same(on_device, on_host)
     truth = true_outcome(inputs, alpha=0.9, loss_type="ipo", nll_weight=0.3)
@@ -173,7 +173,7 @@ def test_linear_hdpo_loss_of_nan_in_the_weight_or_the_reference_is_nan(device):
 
 
 def test_linear_hdpo_loss_label_outside_the_vocabulary_on_a_device_is_nan(without_compaction, device, monkeypatch):
-    monkeypatch.setattr("hdpo_kernels.checks.check_labels", lambda *_: None)  # there, nobody looks
+    monkeypatch.setattr("hdpo_kernels.lm_head.check_label_values", lambda *_: None)  # there, nobody looks
     inputs = zipf_inputs([3, 4, 1, 1], V, H, device=device)
     inputs.labels[5] = V
     result = linear_hdpo_loss(*inputs)
