@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hdpo_kernels import HDPOLoss, linear_hdpo_loss
+from hdpo_kernels import linear_hdpo_loss
 
 _BACKBONE_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
@@ -57,9 +57,21 @@ def attach_loss(model: PreTrainedModel, loss_kwargs: dict[str, Any]) -> None:
         inputs = {name: kwargs[name] for name in _BACKBONE_INPUTS if name in kwargs}
         hidden = self.base_model(**inputs, use_cache=False).last_hidden_state  # (2P, T, H)
         scored = hidden.flatten(0, 1).index_select(0, pairs.rows.to(hidden.device))  # (N, H)
-        return _call_head(head_of(self), scored, pairs, transform, loss_kwargs)
+        return head_of(self)(scored, pairs)
 
+    def head_forward(self: nn.Linear, hidden: Tensor, pairs: PairBatch | None = None) -> Any:
+        if pairs is None:
+            return type(self).forward(self, hidden)
+        if hidden.dtype != self.weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(self.weight.dtype)  # a norm in fp32 above a bf16 head
+        return linear_hdpo_loss(
+            hidden, self.weight, pairs.labels, pairs.cu_seqlens, pairs.ref_logps,
+            bias=self.bias, softcap=transform.softcap, logit_scale=transform.logit_scale, **loss_kwargs,
+        )  # fmt: skip
+
+    head = head_of(model)
     model.forward = types.MethodType(forward, model)
+    head.forward = types.MethodType(head_forward, head)  # type: ignore[method-assign]
 
 
 def bare(model: nn.Module) -> PreTrainedModel:
@@ -140,28 +152,3 @@ def _scales(config: Any) -> list[float]:
     if divisor:
         scales += [1 / float(divisor), float(divisor)]
     return scales or [1.0]
-
-
-def _call_head(
-    head: nn.Linear, hidden: Tensor, pairs: PairBatch, transform: HeadTransform, loss_kwargs: dict[str, Any]
-) -> HDPOLoss:
-    """The head module's own __call__ with the loss for its forward: hooks that gather sharded weights run around it."""
-
-    def loss(hidden: Tensor) -> HDPOLoss:
-        weight, bias = head.weight, head.bias
-        if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
-            hidden = hidden.to(weight.dtype)  # a norm in fp32 above a bf16 head
-        return linear_hdpo_loss(
-            hidden, weight, pairs.labels, pairs.cu_seqlens, pairs.ref_logps,
-            bias=bias, softcap=transform.softcap, logit_scale=transform.logit_scale, **loss_kwargs,
-        )  # fmt: skip
-
-    own = head.__dict__.get("forward")
-    head.forward = loss  # type: ignore[method-assign, assignment]
-    try:
-        return head(hidden)
-    finally:
-        if own is None:
-            del head.forward
-        else:
-            head.forward = own  # type: ignore[method-assign]

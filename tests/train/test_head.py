@@ -1,5 +1,7 @@
 """The loss inside the model's forward: the same numbers as from the model's own logits, or a refusal."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -56,7 +58,12 @@ def test_attach_loss_runs_through_the_heads_own_call(model, batch):
     model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
     model(**model_inputs(batch, torch.device("cpu")))
     assert seen == [(len(batch["labels"]), 32)]
-    assert "forward" not in model.lm_head.__dict__
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.lm_head.weight.zero_()
+    hidden = torch.ones(2, 32)
+    assert torch.equal(model.lm_head(hidden), torch.nn.functional.linear(hidden, model.lm_head.weight))
+    assert not copied.lm_head(hidden).any(), "a copy has its own head"
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,18 @@ def test_train_gradient_accumulation_equals_one_large_batch(tokenizer, config):
     assert (runs[0][1] - runs[1][1]).abs().max() < 2e-4  # Adam's first steps are of size lr whatever the gradient's
 
 
+@pytest.mark.parametrize(
+    "option", [{"torch_compile": True, "torch_compile_backend": "eager"}, {"gradient_checkpointing": True}], ids=str
+)
+def test_train_takes_the_same_steps_compiled_or_checkpointed(option, tokenizer, config):
+    runs = []
+    for name, options in (("plain", {}), ("changed", option)):
+        args = config(max_steps=3, alpha=0.9, output_dir=str(Path(config().output_dir) / name), **options)
+        make_trainer(args, tokenizer).train()
+        runs.append(losses(args.output_dir))
+    assert len(runs[0]) == 3 and runs[0] == pytest.approx(runs[1], rel=1e-5)
+
+
 def test_train_resumes_with_the_metrics_of_an_uninterrupted_run(tokenizer, config):
     whole = config(max_steps=6, save_strategy="steps", save_steps=3)
     make_trainer(whole, tokenizer, records=make_records(30)).train()
