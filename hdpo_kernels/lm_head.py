@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils import deterministic
 
 from hdpo_kernels.checks import check_label_values
 from hdpo_kernels.chunks import rows_for
@@ -127,9 +128,10 @@ class LMHead:
 
     def thin(self, start: int, end: int, scale: Tensor) -> Tensor:
         """scale_t h_t for rows start … end, rows that are not scored zero whatever they hold: 0 · NaN is NaN."""
-        scored = self.labels[start:end] != IGNORE_INDEX
-        scaled = self.hidden[start:end] * scale.unsqueeze(1)
-        return scaled.masked_fill_(~scored.unsqueeze(1), 0).to(self.hidden.dtype)
+        hidden, ignored = self.hidden[start:end], self.labels[start:end] == IGNORE_INDEX
+        # Rounded on the way out: no full-precision copy of the rows.
+        scaled = torch.mul(hidden, scale.unsqueeze(1), out=torch.empty_like(hidden))
+        return scaled.masked_fill_(ignored.unsqueeze(1), 0)
 
 
 class WeightGrad:
@@ -190,25 +192,27 @@ _kept = threading.local()
 
 
 def _buffers(device: torch.device, vocab: int, *tables: tuple[int, torch.dtype]) -> list[Tensor]:
-    """Uninitialised (rows, vocab) for each (rows, dtype), in one piece of memory that is this thread's next call's too.
+    """Uninitialised (rows, vocab) for each (rows, dtype), on a CPU in memory that this thread keeps for its next call.
 
     A CPU's system zeroes pages at their first touch and takes large blocks back when they are freed: together up to a
     third of the GEMM that writes the logits. CUDA's allocator keeps its blocks by itself.
     """
     sizes = [-(-rows * vocab * dtype.itemsize // 512) * 512 for rows, dtype in tables]  # rows aligned as GEMMs like it
-    memory = getattr(_kept, "memory", None)
-    if device.type != "cpu" or memory is None or memory.numel() < sum(sizes):
+    memory = getattr(_kept, "memory", None) if device.type == "cpu" else None
+    if memory is None or memory.numel() < sum(sizes):
         memory = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
         if device.type == "cpu":
             _kept.memory = memory
-    parts = memory[: sum(sizes)].split(sizes)
+    elif torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
+        memory.fill_(255)  # NaN in every floating dtype, as in fresh memory then
     return [
         part[: rows * vocab * dtype.itemsize].view(dtype).view(rows, vocab)
-        for part, (rows, dtype) in zip(parts, tables, strict=True)
+        for part, (rows, dtype) in zip(memory[: sum(sizes)].split(sizes), tables, strict=True)
     ]
 
 
 def _default_chunk_bytes(device: torch.device, vocab: int) -> int:
     # CPU: 512 rows fill a GEMM, and a pass over d_weight is then some 5% of the piece's GEMMs. Accelerators want
-    # thousands of rows for the same reason (d_weight's traffic), and have the memory.
-    return 512 * 4 * vocab if device.type == "cpu" else 1000 * 2**20
+    # thousands of rows for the same reason (d_weight's traffic), and have the memory: with the piece's scaled hidden
+    # states it stays below 1 GiB.
+    return 512 * 4 * vocab if device.type == "cpu" else 960 * 2**20

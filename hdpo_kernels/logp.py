@@ -28,7 +28,7 @@ def linear_logp(
     hidden (N, H) and weight (V, H) of one dtype (fp32, bf16, fp16 or fp64; under autocast both are cast to its dtype),
     labels (N,) int64 on hidden's device or the CPU, -100 = not scored, bias (V,). Labels on the CPU are checked against
     the vocabulary, and rows not scored skip the head; elsewhere a label outside the vocabulary gives NaN.
-    chunk_bytes: most bytes of logits and their gradient held at a time.
+    chunk_bytes: most bytes of logits and their gradient held at a time (on a CPU kept for the thread's next call).
 
     Returns TokenLogp(logp (N,), entropy (N,)), nats, fp32 (fp64 for fp64), zero where not scored. `logp` is
     differentiable in hidden, weight and bias; logits are recomputed in backward (4 GEMMs in all). `entropy` is not:

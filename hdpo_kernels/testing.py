@@ -209,5 +209,5 @@ class Operations(TorchDispatchMode):
 
     @property
     def largest(self) -> int:
-        """Most numbers in one tensor made."""
-        return max((math.prod(shape) for shape, _ in self.made), default=0)
+        """Most bytes of one tensor made."""
+        return max((math.prod(shape) * dtype.itemsize for shape, dtype in self.made), default=0)
