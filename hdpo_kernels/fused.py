@@ -3,8 +3,8 @@
     hidden (N, H), weight (V, H) ── one program a row block and vocabulary split ──> m, Σe, Σe·d, z_label (splits, N)
                                  ── merge, in a fixed order ──> lse, logp, entropy (N,)
 
-N rows, V vocabulary, H hidden size; z the logit after bias, scale and softcap, m the largest z seen, d = z − m, e = e^d.
-Inputs bf16, fp16 or fp32, sums fp32. Offsets are int64 before any product with a stride.
+N rows, V vocabulary, H hidden size; z a logit after bias, scale and softcap, m the largest so far, d = z − m, e = exp d.
+Inputs bf16, fp16 or fp32; sums fp32. Offsets are int64 before any product with a stride.
 """
 
 import functools
@@ -25,11 +25,11 @@ _MERGE_TILE = 2048  # numbers a program of the merge: 16 a thread of four partia
 
 
 class Tiles(NamedTuple):
-    """One program's share of a matrix product, and how it runs."""
+    """One program's share of the matrix product and how it runs, by the names that a launch gives them."""
 
-    block_n: int
-    block_v: int
-    block_h: int
+    BLOCK_N: int
+    BLOCK_V: int
+    BLOCK_H: int
     num_warps: int
     num_stages: int
 
@@ -70,9 +70,7 @@ def _linear_stats_kernel(
             hidden = tl.load(hidden_ptrs + h, mask=mask_h, other=0.0)
             weight = tl.load(weight_ptrs + h, mask=mask_h, other=0.0)
             z = tl.dot(hidden, tl.trans(weight), z, input_precision="ieee")
-        z, _ = _head_transform(
-            z, bias_ptr, offs_v[None, :], mask_v[None, :], softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP
-        )
+        z, _ = _head_transform(z, bias_ptr, offs_v, mask_v, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
         z = tl.where(mask_v[None, :], z, -float("inf"))
         z_label += tl.sum(tl.where(offs_v[None, :] == label[:, None], z, 0.0), 1)
 
@@ -134,50 +132,52 @@ def linear_stats(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> RowStats:
-    """`row_stats` of hidden @ weight.T, in 16 bytes a row and split instead of 4 bytes a logit."""
+    """What `row_stats` makes of hidden @ weight.T; memory: 16 bytes a row and split of the vocabulary."""
     (n, hidden_size), vocab = hidden.shape, weight.shape[0]
     lse, logp, entropy = torch.empty(3, n, dtype=torch.float32, device=hidden.device)
     if n == 0:
         return RowStats(lse, logp, entropy)
     target, num_sms = _device()
-    if triton.knobs.runtime.interpret:  # its tl.dot is wrong in bf16; fp32 holds the same numbers
+    if triton.knobs.runtime.interpret and hidden.dtype == torch.bfloat16:  # in which the interpreter's tl.dot is wrong
         hidden, weight = hidden.float(), weight.float()
     hidden, weight = (t if t.stride(1) == 1 else t.contiguous() for t in (hidden, weight))
     labels, bias = labels.contiguous(), None if bias is None else bias.contiguous()
 
-    tiles = choose_tiles(hidden.dtype, target)
-    row_blocks, vocab_tiles = triton.cdiv(n, tiles.block_n), triton.cdiv(vocab, tiles.block_v)
+    tiles = choose_tiles(hidden.dtype, target, softcap is not None)
+    row_blocks, vocab_tiles = triton.cdiv(n, tiles.BLOCK_N), triton.cdiv(vocab, tiles.BLOCK_V)
     splits = choose_splits(row_blocks, vocab_tiles, num_sms)
     partials = torch.empty(4, splits, n, dtype=torch.float32, device=hidden.device).unbind()
     _linear_stats_kernel[(row_blocks, splits)](
         hidden, hidden.stride(0), weight, weight.stride(0), labels, hidden if bias is None else bias, *partials,
-        n, vocab, hidden_size, triton.cdiv(vocab_tiles, splits) * tiles.block_v,
+        n, vocab, hidden_size, triton.cdiv(vocab_tiles, splits) * tiles.BLOCK_V,
         1.0 if softcap is None else float(softcap), float(logit_scale),
         HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
-        BLOCK_N=tiles.block_n, BLOCK_V=tiles.block_v, BLOCK_H=tiles.block_h,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        **tiles._asdict(),
     )  # fmt: skip
-    block_s, block_n = merge_tile(splits)
-    _merge_stats_kernel[(triton.cdiv(n, block_n),)](
-        *partials, labels, lse, logp, entropy, n, vocab, splits, BLOCK_S=block_s, BLOCK_N=block_n
+    merge = merge_tile(splits)
+    _merge_stats_kernel[(triton.cdiv(n, merge["BLOCK_N"]),)](
+        *partials, labels, lse, logp, entropy, n, vocab, splits, **merge
     )
     return RowStats(lse, logp, entropy)
 
 
-def choose_tiles(dtype: torch.dtype, target: GPUTarget) -> Tiles:
-    """The largest tiles whose accumulators need no spill and whose stages fit the target's shared memory."""
+def choose_tiles(dtype: torch.dtype, target: GPUTarget, softcap: bool) -> Tiles:
+    """Tiles whose accumulators, and what the epilogue does to them, fit the registers, and whose stages shared memory.
+
+    Wide tiles read hidden states and weights fewer times; a softcap needs registers for its tanh.
+    """
     if dtype == torch.float32:
         return Tiles(64, 64, 32, num_warps=4, num_stages=2)
-    if target.backend == "cuda" and 90 <= target.arch < 120:
-        return Tiles(128, 256, 64, num_warps=8, num_stages=4)
-    if target.backend == "cuda":
-        return Tiles(128, 128, 64, num_warps=8, num_stages=3)
-    return Tiles(128, 128, 64, num_warps=8, num_stages=2)
+    if target.backend == "hip":
+        return Tiles(128, 128, 32 if softcap else 64, num_warps=8, num_stages=2)
+    if target.arch == 90:
+        return Tiles(128, 128 if softcap else 256, 64, num_warps=8, num_stages=4)
+    return Tiles(128, 128, 64, num_warps=8, num_stages=3)
 
 
 @functools.lru_cache
 def choose_splits(row_blocks: int, vocab_tiles: int, num_sms: int) -> int:
-    """Pieces of the vocabulary, for the shortest way through it when every multiprocessor runs one program at a time."""
+    """Splits of the vocabulary with which num_sms multiprocessors, one program each at a time, are done soonest."""
 
     def duration(splits: int) -> int:  # in tiles, one more a program to start and to end it
         return triton.cdiv(row_blocks * splits, num_sms) * (triton.cdiv(vocab_tiles, splits) + 1)
@@ -185,10 +185,9 @@ def choose_splits(row_blocks: int, vocab_tiles: int, num_sms: int) -> int:
     return min(range(1, min(vocab_tiles, num_sms) + 1), key=duration)
 
 
-def merge_tile(splits: int) -> tuple[int, int]:
-    """BLOCK_S, BLOCK_N of the merge."""
+def merge_tile(splits: int) -> dict[str, int]:
     block_s = triton.next_power_of_2(splits)
-    return block_s, max(1, _MERGE_TILE // block_s)
+    return {"BLOCK_S": block_s, "BLOCK_N": max(1, _MERGE_TILE // block_s)}
 
 
 def _device() -> tuple[GPUTarget, int]:
