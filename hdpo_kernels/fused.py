@@ -3,7 +3,7 @@
     hidden (N, H), weight (V, H) ── one program a row block and vocabulary split ──> m, Σe, Σe·d, z_label (splits, N)
                                  ── merge, in a fixed order ──> lse, logp, entropy (N,)
 
-N rows, V vocabulary, H hidden size; z a logit after bias, scale and softcap, m the largest so far, d = z − m, e = exp d.
+N rows, V vocabulary, H hidden size; z a logit after bias, scale and softcap, m the largest yet, d = z − m, e = exp d.
 Inputs bf16, fp16 or fp32; sums fp32. Offsets are int64 before any product with a stride.
 """
 
@@ -91,7 +91,7 @@ def _linear_stats_kernel(
     tl.store(z_label_ptr + offs, z_label, mask=mask_n)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "splits"])
 def _merge_stats_kernel(
     max_ptr, sum_e_ptr, sum_ed_ptr, z_label_ptr, labels_ptr, lse_ptr, logp_ptr, entropy_ptr, N, V, splits,
     BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -134,7 +134,8 @@ def linear_stats(
 ) -> RowStats:
     """What `row_stats` makes of hidden @ weight.T; memory: 16 bytes a row and split of the vocabulary."""
     (n, hidden_size), vocab = hidden.shape, weight.shape[0]
-    lse, logp, entropy = torch.empty(3, n, dtype=torch.float32, device=hidden.device)
+    # One allocation each, hence aligned: a slice's alignment would depend on N, and a kernel be compiled for each.
+    lse, logp, entropy = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(3))
     if n == 0:
         return RowStats(lse, logp, entropy)
     target, num_sms = _device()
@@ -146,7 +147,7 @@ def linear_stats(
     tiles = choose_tiles(hidden.dtype, target, softcap is not None)
     row_blocks, vocab_tiles = triton.cdiv(n, tiles.BLOCK_N), triton.cdiv(vocab, tiles.BLOCK_V)
     splits = choose_splits(row_blocks, vocab_tiles, num_sms)
-    partials = torch.empty(4, splits, n, dtype=torch.float32, device=hidden.device).unbind()
+    partials = [torch.empty(splits, n, dtype=torch.float32, device=hidden.device) for _ in range(4)]
     _linear_stats_kernel[(row_blocks, splits)](
         hidden, hidden.stride(0), weight, weight.stride(0), labels, hidden if bias is None else bias, *partials,
         n, vocab, hidden_size, triton.cdiv(vocab_tiles, splits) * tiles.BLOCK_V,
