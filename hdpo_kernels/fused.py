@@ -163,17 +163,13 @@ def linear_stats(
 
 
 def choose_tiles(dtype: torch.dtype, target: GPUTarget, softcap: bool) -> Tiles:
-    """Tiles whose accumulators, and what the epilogue does to them, fit the registers, and whose stages shared memory.
-
-    Wide tiles read hidden states and weights fewer times; a softcap needs registers for its tanh.
-    """
-    if dtype == torch.float32:
+    """The widest tiles that spill no register and fit the shared memory; benchmarks/static.py shows what they take."""
+    if dtype == torch.float32:  # no matrix instruction on CUDA, where operands pass through registers
         return Tiles(64, 64, 32, num_warps=4, num_stages=2)
-    if target.backend == "hip":
-        return Tiles(128, 128, 32 if softcap else 64, num_warps=8, num_stages=2)
-    if target.arch == 90:
-        return Tiles(128, 128 if softcap else 256, 64, num_warps=8, num_stages=4)
-    return Tiles(128, 128, 64, num_warps=8, num_stages=3)
+    hopper = target.backend == "cuda" and target.arch == 90
+    block_v = 256 if hopper else 128
+    stages = 4 if hopper else 2 if target.backend == "hip" else 3
+    return Tiles(128, block_v // 2 if softcap else block_v, 64, num_warps=8, num_stages=stages)  # tanh takes registers
 
 
 @functools.lru_cache

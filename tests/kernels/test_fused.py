@@ -104,6 +104,7 @@ def test_linear_stats_rows_that_are_not_scored_are_zero_whatever_they_hold():
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_linear_stats_of_a_row_with_nan_or_inf_are_nan_and_no_others(value):
     hidden, weight, labels = make_inputs(130, 300, 96)
+    weight[7, 95] = 1.0  # one logit +inf, others −inf
     clean = fused.linear_stats(hidden, weight, labels)
     bad = torch.zeros(130, dtype=torch.bool, device=DEVICE)
     bad[[1, 129]] = True
