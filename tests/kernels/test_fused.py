@@ -81,6 +81,7 @@ def test_linear_stats_of_entries_switched_off_are_those_of_the_others():
     bias[: BLOCK_V + 3] = -torch.inf
     check_linear_stats(hidden, weight, labels, bias=bias)
     bias[:] = -torch.inf
+    check_linear_stats(hidden, weight, labels, bias=bias)
     bias[7] = 0.0
     stats = fused.linear_stats(hidden, weight, torch.full_like(labels, 7), bias=bias)
     assert (stats.logp == 0).all() and (stats.entropy == 0).all()
