@@ -50,7 +50,7 @@ def _linear_stats_kernel(
     offs_h = tl.arange(0, BLOCK_H)
     label = tl.load(labels_ptr + offs_n, mask=mask_n, other=-1)
     label = tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)  # −1 is no entry of the vocabulary
-    # Beyond the end the last row is read again: cheaper than a mask, and never stored.
+    # Beyond the end the last row is read again, and never stored: the loops need no mask along N and V.
     row = tl.minimum(offs_n, N - 1).to(tl.int64)
     hidden_ptrs = hidden_ptr + row[:, None] * hidden_stride + offs_h[None, :]
 
