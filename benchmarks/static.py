@@ -1,22 +1,27 @@
-"""What each Triton kernel compiles to, without a GPU: registers, spills and shared memory for every target.
+"""What each Triton kernel compiles to, without a GPU: registers, spills, shared memory, matrix instructions.
 
-python -m benchmarks.static            a table
-python -m benchmarks.static --json     the same for programs
+python -m benchmarks.static            a table, also written to benchmarks/results/static.csv
+python -m benchmarks.static --json     the same for programs, not written
 """
 
 import argparse
+import csv
 import json
 import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.harness import RESULTS
+from hdpo_kernels import fused
 from hdpo_kernels.rows import triton as rows
 
 TARGETS = {
@@ -25,16 +30,19 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-_STATS = {"logits_stride": "i64", "labels_ptr": "*i64", "bias_ptr": "*{t}", "max_ptr": "*fp32",
-          "log_total_ptr": "*fp32", "V": "i32", "softcap": "fp32", "logit_scale": "fp32"}  # fmt: skip
-# kernel -> signature, {t} standing for the inputs' dtype; flags that are constexpr come from FLAGS
-KERNELS = {
-    rows._row_stats_kernel: {"logits_ptr": "*fp32", "logp_ptr": "*fp32", "entropy_ptr": "*fp32", **_STATS},
-    rows._row_grad_kernel: {"logits_ptr": "*fp32", "grad_ptr": "*{t}", "grad_stride": "i64", **_STATS},
-    rows._sequence_sum_kernel: {"values_ptr": "*fp32", "cu_seqlens_ptr": "*i64", "sums_ptr": "*fp32"},
-}
-DTYPES = ("bf16", "fp16", "fp32")
-FLAGS = ({"HAS_BIAS": False, "HAS_SOFTCAP": False}, {"HAS_BIAS": True, "HAS_SOFTCAP": True})
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FLAGS = {"": {"HAS_BIAS": False, "HAS_SOFTCAP": False}, "+bias+softcap": {"HAS_BIAS": True, "HAS_SOFTCAP": True}}
+# Arguments of the kernels by name, {t} standing for the inputs' dtype; other pointers are *fp32, other numbers i32
+TYPES = {"hidden_ptr": "*{t}", "weight_ptr": "*{t}", "bias_ptr": "*{t}", "grad_ptr": "*{t}", "labels_ptr": "*i64",
+         "cu_seqlens_ptr": "*i64", "softcap": "fp32", "logit_scale": "fp32"}  # fmt: skip
+MATRIX = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync", "mfma": "v_mfma_"}
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    variant: str
+    keywords: dict[str, int]  # constexpr arguments and compiler options
+    dtype: str = "fp32"
 
 
 class Resources(NamedTuple):
@@ -44,55 +52,80 @@ class Resources(NamedTuple):
     registers: int
     spills: int  # registers spilled (AMD), bytes of local memory (NVIDIA)
     shared_bytes: int
+    matrix: str  # the matrix instruction in the code, "" for none
+    triton: str  # version
+
+
+def launches(target: GPUTarget) -> Iterator[Launch]:
+    """Every kernel as its launcher starts it on the target, for each dtype, with and without bias and softcap."""
+    for dtype, torch_dtype in DTYPES.items():
+        for name, flags in FLAGS.items():
+            row = {**flags, "BLOCK_V": rows.BLOCK_V, "num_warps": rows.NUM_WARPS}
+            tile = {**flags, **fused.choose_tiles(torch_dtype, target, flags["HAS_SOFTCAP"])._asdict()}
+            yield Launch(rows._row_stats_kernel, dtype + name, row, dtype)
+            yield Launch(rows._row_grad_kernel, dtype + name, row, dtype)
+            yield Launch(fused._linear_stats_kernel, dtype + name, tile, dtype)
+    for splits in (1, 8, 128):
+        yield Launch(fused._merge_stats_kernel, f"{splits} splits", fused.merge_tile(splits))
+    yield Launch(rows._sequence_sum_kernel, "fp32", {"BLOCK_N": rows.BLOCK_N})
 
 
 def measure() -> list[Resources]:
     """Compile every kernel for every target; raises what the compiler raises."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 replaces the kernels by Python functions; unset it to compile them")
-    results = []
-    for kernel, types in KERNELS.items():
-        per_row = "HAS_BIAS" in kernel.arg_names
-        for dtype in DTYPES if per_row else DTYPES[:1]:
-            for flags in FLAGS if per_row else ({},):
-                constants = {**flags, "BLOCK_V": rows.BLOCK_V} if per_row else {"BLOCK_N": rows.BLOCK_N}
-                signature = {n: types[n].format(t=dtype) if n in types else "constexpr" for n in kernel.arg_names}
-                for name, target in TARGETS.items():
-                    options = {"num_warps": rows.NUM_WARPS} if per_row else {}
-                    source = ASTSource(
-                        kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}
-                    )
-                    compiled = triton.compile(source, target=target, options=options)
-                    variant = dtype + ("+bias+softcap" if flags.get("HAS_BIAS") else "")
-                    results.append(Resources(kernel.__name__, name, variant, *_resources(compiled, target)))
-    return results
+    return [
+        Resources(launch.kernel.__name__, name, launch.variant, *_resources(_compile(launch, target), target),
+                  triton.__version__)
+        for name, target in TARGETS.items() for launch in launches(target)
+    ]  # fmt: skip
 
 
-def _resources(compiled, target: GPUTarget) -> tuple[int, int, int]:
+def _compile(launch: Launch, target: GPUTarget):
+    """As a launch does where pointers, strides and sizes are multiples of 16, which they are in real models."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name], constants[(index,)] = "constexpr", launch.keywords[name]
+            continue
+        signature[name] = TYPES.get(name, "*fp32" if name.endswith("_ptr") else "i32").format(t=launch.dtype)
+        if not parameter.do_not_specialize and signature[name] != "fp32":
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    options = {name: value for name, value in launch.keywords.items() if name not in signature}
+    return triton.compile(ASTSource(launch.kernel, signature, constants, attributes), target=target, options=options)
+
+
+def _resources(compiled, target: GPUTarget) -> tuple[int, int, int, str]:
     shared = compiled.metadata.shared
+    assembly = compiled.asm["amdgcn" if target.backend == "hip" else "ptx"]
+    matrix = "+".join(name for name, instruction in MATRIX.items() if instruction in assembly)
     if target.backend == "hip":
-        text = compiled.asm["amdgcn"]
-        (registers,) = map(int, re.findall(r"\.vgpr_count:\s+(\d+)", text))
-        return registers, sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text)), shared
+        (registers,) = map(int, re.findall(r"\.vgpr_count:\s+(\d+)", assembly))
+        spills = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", assembly))
+        return registers, spills, shared, matrix
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         text = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return usage["REG"], usage["STACK"] + usage["LOCAL"], shared
+    return usage["REG"], usage["STACK"] + usage["LOCAL"], shared, matrix
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON, one object per kernel, target and variant")
+    as_json = parser.parse_args().json
     results = measure()
-    if parser.parse_args().json:
+    if as_json:
         print(json.dumps([r._asdict() for r in results]))
         return
-    print(f"{'kernel':24}{'target':10}{'variant':20}{'registers':>10}{'spills':>8}{'shared':>8}")
-    for r in results:
-        print(f"{r.kernel:24}{r.target:10}{r.variant:20}{r.registers:>10}{r.spills:>8}{r.shared_bytes:>8}")
+    with open(RESULTS / "static.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([Resources._fields, *results])
+    for r in (Resources._fields, *results):
+        print("{:24}{:8}{:20}{:>10}{:>8}{:>14}  {:10}{:>8}".format(*r))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def _head_transform(
     chain = logit_scale
     if HAS_SOFTCAP:
         # tanh by exp(-2|x|) ≤ 1: no overflow, and the same on every target
-        x = z / softcap
+        x = z * (1.0 / softcap)  # a division a program, not one a logit
         e = tl.exp(-2.0 * tl.abs(x))
         t = (1.0 - e) / (1.0 + e)
         t = tl.where(x < 0, -t, t)
