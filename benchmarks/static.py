@@ -31,7 +31,11 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-FLAGS = {"": {"HAS_BIAS": False, "HAS_SOFTCAP": False}, "+bias+softcap": {"HAS_BIAS": True, "HAS_SOFTCAP": True}}
+FLAGS = {
+    "": {"HAS_BIAS": False, "HAS_SOFTCAP": False},
+    "+softcap": {"HAS_BIAS": False, "HAS_SOFTCAP": True},
+    "+bias+softcap": {"HAS_BIAS": True, "HAS_SOFTCAP": True},
+}
 # Arguments of the kernels by name, {t} standing for the inputs' dtype; other pointers are *fp32, other numbers i32
 TYPES = {"hidden_ptr": "*{t}", "weight_ptr": "*{t}", "bias_ptr": "*{t}", "grad_ptr": "*{t}", "labels_ptr": "*i64",
          "cu_seqlens_ptr": "*i64", "softcap": "fp32", "logit_scale": "fp32"}  # fmt: skip

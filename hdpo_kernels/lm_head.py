@@ -19,7 +19,8 @@ from hdpo_kernels.checks import check_label_values
 from hdpo_kernels.chunks import rows_for
 from hdpo_kernels.gemm import addmm_into, mm_into
 from hdpo_kernels.naive import IGNORE_INDEX
-from hdpo_kernels.rows import backend
+from hdpo_kernels.rows import backend, fused_forward
+from hdpo_kernels.rows.torch import RowStats
 
 
 @dataclass(frozen=True)
@@ -91,15 +92,18 @@ class LMHead:
         self.options, self.with_grad = options, with_grad
         num_rows, vocab = hidden.shape[0], weight.shape[0]
         self.dtype = full_precision(dtype)
+        self.logp = torch.zeros(num_rows, dtype=self.dtype, device=hidden.device)
+        self.entropy = torch.zeros_like(self.logp)
+        self._fused = None if with_grad else fused_forward(self.hidden, self.weight)
         self.piece_rows, self.tile_rows = rows_for(
             options.chunk_bytes or _default_chunk_bytes(hidden.device, vocab),
             vocab,
             self.dtype.itemsize,
             dtype.itemsize if with_grad else None,
         )
-        self.logp = torch.zeros(num_rows, dtype=self.dtype, device=hidden.device)
-        self.entropy = torch.zeros_like(self.logp)
-        tables = [(min(self.tile_rows, num_rows), self.dtype)]
+        if self._fused:
+            self.piece_rows = self.tile_rows = max(num_rows, 1)
+        tables = [(0 if self._fused else min(self.tile_rows, num_rows), self.dtype)]
         if with_grad and dtype != self.dtype:
             tables.append((min(self.piece_rows, num_rows), dtype))
         self._logits, *grad = _buffers(hidden.device, vocab, *tables)
@@ -113,18 +117,18 @@ class LMHead:
         """Fill logp and entropy of rows start … end; return their gradient rows, valid until the next call."""
         for first in range(start, end, self.tile_rows):
             rows = slice(first, min(first + self.tile_rows, end))
-            logits = self._logits[: rows.stop - rows.start]
-            mm_into(logits, self.hidden[rows], self.weight.T)
-            stats = backend(logits).row_stats(
-                logits,
-                self.labels[rows],
-                bias=self.bias,
-                softcap=self.options.softcap,
-                logit_scale=self.options.logit_scale,
-                grad_out=self._grad[first - start : rows.stop - start] if self.with_grad else None,
-            )
+            stats = self._stats(rows, self._grad[first - start : rows.stop - start] if self.with_grad else None)
             self.logp[rows], self.entropy[rows] = stats.logp, stats.entropy
         return self._grad[: end - start]
+
+    def _stats(self, rows: slice, grad_out: Tensor | None) -> RowStats:
+        hidden, labels = self.hidden[rows], self.labels[rows]
+        head = {"bias": self.bias, "softcap": self.options.softcap, "logit_scale": self.options.logit_scale}
+        if self._fused:
+            return self._fused(hidden, self.weight, labels, **head)
+        logits = self._logits[: len(hidden)]
+        mm_into(logits, hidden, self.weight.T)
+        return backend(logits).row_stats(logits, labels, grad_out=grad_out, **head)
 
     def thin(self, start: int, end: int, scale: Tensor) -> Tensor:
         """scale_t h_t for rows start … end, rows that are not scored zero whatever they hold: 0 · NaN is NaN."""

@@ -1,12 +1,15 @@
 """The fused forward against the oracle: lse, logp and entropy of hidden @ weight.T without the logits."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 
-from hdpo_kernels import fused, naive
+from hdpo_kernels import fused, linear_hdpo_loss, linear_logp, naive
 from hdpo_kernels.gemm import mm_into
-from hdpo_kernels.testing import assert_as_accurate_as, zipf_inputs
+from hdpo_kernels.rows import fused_forward
+from hdpo_kernels.testing import Operations, assert_as_accurate_as, zipf_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCK_V = 256  # the widest tile
@@ -194,3 +197,35 @@ def test_linear_stats_at_a_real_size_are_as_accurate_as_torch():
     for i, name in enumerate(stats._fields):
         low, exact = (torch.cat([part[i] for part in parts]) for parts in (baseline, truth))
         assert_as_accurate_as(stats[i], low, exact, scale=float(exact.abs().max()), name=name)
+
+
+@pytest.mark.parametrize("masked", [0.0, 0.3])
+def test_functions_without_gradient_use_the_fused_forward_where_told(masked, monkeypatch):
+    inputs = zipf_inputs([9, 4, 5, 12], 257, 24, device=DEVICE, masked=masked)
+    options = {"bias": torch.randn(257, device=DEVICE), "softcap": 20.0, "logit_scale": 0.7}
+    expected = linear_logp(*inputs[:3], **options), linear_hdpo_loss(*inputs, **options)
+    calls = []
+
+    def forward(hidden, weight):
+        calls.append(hidden.shape)
+        return fused.linear_stats
+
+    monkeypatch.setattr("hdpo_kernels.lm_head.fused_forward", forward)
+    with Operations() as operations:
+        actual = linear_logp(*inputs[:3], **options), linear_hdpo_loss(*inputs, **options)
+    assert len(calls) == 2 and operations.gemm_flops == 0
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    linear_hdpo_loss(inputs.hidden.requires_grad_(), *inputs[1:], **options).loss.backward()
+    assert len(calls) == 2, "with a gradient logits are needed"
+
+
+def test_fused_forward_is_for_small_hidden_sizes_on_cuda():
+    def chosen(hidden_size, stride):
+        rows = SimpleNamespace(device=torch.device("cuda"), element_size=lambda: 2, shape=(5, hidden_size))
+        rows.stride = lambda _: stride
+        return fused_forward(rows, rows) is fused.linear_stats
+
+    assert chosen(896, 896) and chosen(1024, 2048)
+    assert not chosen(1040, 1040) and not chosen(888, 888) and not chosen(896, 900)
+    cpu = torch.zeros(5, 16, dtype=torch.bfloat16)
+    assert fused_forward(cpu, cpu) is None
