@@ -136,6 +136,7 @@ def test_checkpointed_loss_does_not_run_its_gemms_twice():
     hidden.grad = weight.grad = None
     assert gemms(checkpoint, region, hidden, weight, use_reentrant=False) == 3
     assert torch.equal(hidden.grad, expected[0]) and torch.equal(weight.grad, expected[1])
+    assert gemms(checkpoint, region, hidden, weight, use_reentrant=True) == 4  # its first pass has no gradients
 
 
 def test_selective_checkpointing_can_keep_what_the_operators_return():
