@@ -107,8 +107,8 @@ def section(folder: Path = RESULTS) -> str:
             for png in sorted(folder.glob(f"{device}-*.png"))
         )
         blocks += [
-            f"{newest['device']}; torch {newest['torch']}, commit {commits}, {newest['time'][:10]}. Medians, quartiles in "
-            f"brackets. Plots: {plotted or 'none'}. All rows: `benchmarks/results/{device}.csv`; again: "
+            f"{newest['device']}; torch {newest['torch']}, commit {commits}, {newest['time'][:10]}. Medians "
+            f"(quartiles). Plots: {plotted or 'none'}. All rows: `benchmarks/results/{device}.csv`; again: "
             f"`python -m benchmarks --device {device}`.",
             tables(rows),
         ]

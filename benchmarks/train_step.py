@@ -45,31 +45,31 @@ def shapes(device: str, quick: bool) -> list[Setup]:
 
 def measure(table: Table, setup: Setup, contestants: Sequence[Contestant], rounds: int) -> None:
     """Trainers take turns by whole runs, in the order ours, TRL's, TRL's, ours."""
-    add = partial(table.add, "train_step", setup.name)
-    seconds: dict[str, list[float]] = {OURS: [], TRL: []}
+    names = [OURS, *(contestant.name for contestant in contestants if contestant.name == TRL)]
+    packages = {TRL: TRL}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     peaks: dict[str, float] = {}
-    for name in (OURS, TRL, TRL, OURS):
+    for name in (*names, *reversed(names)):
         if name not in seconds:
             continue
-        status = "" if name == OURS or installed(name) else "not installed"
-        result = None
+        result, status = None, "" if name == OURS or installed(name) else "not installed"
         if not status:
             result, status = attempt(partial(_train, name, setup, table.device))
         if result is None:
             del seconds[name]
-            table.add_status("train_step", setup.name, name, status, package=TRL if name == TRL else "")
+            table.add_status("train_step", setup.name, name, status, packages.get(name, ""))
             continue
         seconds[name] += result[0]
         peaks[name] = result[1]
     for name, values in seconds.items():
-        package = TRL if name == TRL else ""
+        add = partial(table.add, "train_step", setup.name, name, package=packages.get(name, ""))
         median, low, high = quartiles(values)
-        add(name, "time", (1e3 * median, 1e3 * low, 1e3 * high), "ms", package)
+        add("time", (1e3 * median, 1e3 * low, 1e3 * high), "ms")
         tokens = setup.batch_tokens
-        add(name, "speed", (tokens / median, tokens / high, tokens / low), "tokens/s", package)
-        add(name, "peak memory", (peaks[name],), "MiB", package)
+        add("speed", (tokens / median, tokens / high, tokens / low), "tokens/s")
+        add("peak memory", (peaks[name],), "MiB")
         if name != OURS and OURS in seconds:
-            add(name, OUR_RATIO, ratio(seconds[OURS], values), "×", package)
+            add(OUR_RATIO, ratio(seconds[OURS], values), "×")
 
 
 def _train(name: str, setup: Setup, device: str) -> tuple[list[float], float]:
