@@ -63,6 +63,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of CSV file and plots (default: %(default)s)")
     options = parser.parse_args()
 
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device here")
     minutes = options.minutes or (9.0 if options.device == "cuda" else math.inf)
     contestants = [contestant for contestant in CONTESTANTS if contestant.name not in options.without]
     tasks = in_order({name: QUESTIONS[name].shapes(options.device, options.quick) for name in options.only})

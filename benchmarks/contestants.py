@@ -30,6 +30,7 @@ class Contestant(NamedTuple):
     needs_cuda: bool = False
     has_softcap: bool = True
     has_reference: bool = True  # False: it computes the loss with reference log-probs of zero
+    has_backward: bool = True
 
     def obstacle(self, problem: Problem) -> str:
         """Why it cannot run on this problem, or nothing."""

@@ -35,7 +35,7 @@ def shapes(device: str, quick: bool) -> list[Shape]:
 
 def measure(table: Table, shape: Shape, contestants: Sequence[Contestant], rounds: int) -> None:
     problem = make_problem(shape, table.device)
-    contest = Contest(table, "loss", shape, problem, [(c, c.forward_backward) for c in contestants])
+    contest = Contest(table, "loss", shape, problem, [(c, c.forward_backward) for c in contestants if c.has_backward])
     outcome = cache(partial(truth, problem))
 
     def expected(contestant: Contestant) -> Sequence[Tensor]:

@@ -43,37 +43,28 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def _table(rows: Sequence[Row], pivot: Pivot) -> list[str]:
-    """Title, table, and a line that says why contestants without any figure have none."""
-    figures: dict[tuple[str, str], Row] = {}
-    statuses: dict[str, dict[str, str]] = {}
-    for row in rows:
-        if row["question"] != pivot.question:
-            continue
-        key = row["shape"], row["contestant"]
-        if row["status"]:
-            statuses.setdefault(row["contestant"], {})[row["shape"]] = row["status"]
-        elif row["metric"] in pivot.metrics and (
-            key not in figures or pivot.metrics.index(row["metric"]) < pivot.metrics.index(figures[key]["metric"])
-        ):
-            figures[key] = row
+    """A table, and a line that says why contestants without any figure have none."""
+    rows = [row for row in rows if row["question"] == pivot.question]
+    figures = {
+        (row["shape"], row["contestant"]): _figure(row)
+        for metric in reversed(pivot.metrics)  # the first one last, so that it stays
+        for row in rows
+        if row["metric"] == metric
+    }
+    statuses = {(row["shape"], row["contestant"]): row["status"] for row in rows if row["status"]}
     if not figures:
         return []
-    shapes = sorted({shape for shape, _ in figures}, key=_natural)
     columns = sorted({contestant for _, contestant in figures}, key=rank)
-
-    def cell(shape: str, contestant: str) -> str:
-        if (shape, contestant) in figures:
-            return _figure(figures[shape, contestant])
-        return statuses.get(contestant, {}).get(shape, "").split(":")[0]
-
     lines = [f"| {pivot.title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {shape} | {' | '.join(cell(shape, column) for column in columns)} |" for shape in shapes]
-    without = [
-        f"{name or pivot.question}: {'; '.join(dict.fromkeys(reasons.values()))}"
-        for name, reasons in statuses.items()
-        if name not in columns
-    ]
-    return ["\n".join(lines), *(["No figures: " + ". ".join(without) + "."] if without else [])]
+    for shape in sorted({shape for shape, _ in figures}, key=_natural):
+        cells = [figures.get((shape, name)) or statuses.get((shape, name), "").split(":")[0] for name in columns]
+        lines.append(f"| {shape} | {' | '.join(cells)} |")
+    reasons: dict[str, list[str]] = {}
+    for (_, name), status in statuses.items():
+        if name not in columns and status not in reasons.setdefault(name, []):
+            reasons[name].append(status)
+    without = ". ".join(f"{name or pivot.question}: {'; '.join(each)}" for name, each in reasons.items())
+    return ["\n".join(lines), f"No figures: {without}."] if without else ["\n".join(lines)]
 
 
 def _figure(row: Row) -> str:
@@ -95,11 +86,10 @@ def section(folder: Path = RESULTS) -> str:
     """What the README says of every device."""
     blocks = []
     for device in ("cpu", "cuda"):
-        path = folder / f"{device}.csv"
-        if not path.exists():
+        rows = read(folder / f"{device}.csv")
+        if not rows:
             blocks.append(f"On {device.upper()}: not measured yet (`python -m benchmarks --device {device}`).")
             continue
-        rows = read(path)
         newest = max(rows, key=lambda row: row["time"])
         commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
         plotted = ", ".join(
@@ -128,8 +118,7 @@ def filled_in(text: str) -> str:
 
 def main() -> None:
     for device in ("cpu", "cuda"):
-        if (RESULTS / f"{device}.csv").exists():
-            plots.draw(read(RESULTS / f"{device}.csv"), RESULTS, device)
+        plots.draw(read(RESULTS / f"{device}.csv"), RESULTS, device)
     README.write_text(filled_in(README.read_text(encoding="utf-8")), encoding="utf-8")
 
 

@@ -46,7 +46,7 @@ class Table:
         """Replace the rows of what was measured now (question and shape) in <folder>/<device>.csv, keep the others."""
         path = self.path(folder)
         measured = {(row["question"], row["shape"]) for row in self.rows}
-        kept = [row for row in read(path) if (row["question"], row["shape"]) not in measured] if path.exists() else []
+        kept = [row for row in read(path) if (row["question"], row["shape"]) not in measured]
         folder.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
@@ -62,6 +62,9 @@ class Table:
 
 
 def read(path: Path) -> list[Row]:
+    """Rows of a CSV file; none if there is no such file."""
+    if not path.exists():
+        return []
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
