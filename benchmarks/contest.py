@@ -1,7 +1,7 @@
 """Contestants on one problem: whoever gets the right results is timed beside the others; the others say why not."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -53,14 +53,14 @@ class Contest:
         floor: tuple[str, Callable[[], None]],
         gemms: int,
         rounds: int,
-        beside: dict[str, Callable[[], object]] | None = None,
+        beside: Mapping[str, Callable[[], object]],
     ) -> None:
         """Write down, of everyone left: time, speed, share of the floor's speed, our time over its, peak memory.
 
         gemms: how many of them have to be computed. beside: what else takes turns, to be compared with us.
         """
         floor_name, flops = floor[0], gemms * self.shape.gemm_flops
-        seconds = take_turns(dict([floor]) | self.runs | (beside or {}), self.table.device, rounds=rounds)
+        seconds = take_turns({floor_name: floor[1], **self.runs, **beside}, self.table.device, rounds=rounds)
         for name, values in seconds.items():
             median, low, high = quartiles(values)
             self._add(name, "time", (1e3 * median, 1e3 * low, 1e3 * high), "ms")

@@ -55,7 +55,8 @@ class Contestant(NamedTuple):
             assert self.logp is not None
             logps = naive.sequence_sum(self.logp(problem), problem.cu_seqlens)
             loss = naive.pair_loss(logps, problem.ref_logps, **LOSS).loss
-        return loss.detach(), *torch.autograd.grad(loss, (problem.hidden, problem.weight))
+        d_hidden, d_weight = torch.autograd.grad(loss, (problem.hidden, problem.weight))
+        return loss.detach(), d_hidden, d_weight
 
 
 def ours_logp(problem: Problem) -> Tensor:

@@ -22,7 +22,7 @@ def measure(table: Table, shape: Shape, contestants: Sequence[Contestant], round
     contest = Contest(table, "forward", shape, problem, [(c, c.forward) for c in contestants if c.logp])
     truth = _truth(problem)
     contest.check(lambda contestant: (truth,))
-    contest.race(("one GEMM", one_gemm(problem)), 1, rounds)
+    contest.race(("one GEMM", one_gemm(problem)), 1, rounds, {})
 
 
 @torch.no_grad()

@@ -54,24 +54,15 @@ def test_run_goes_on_after_an_error_and_reports_it(monkeypatch, tmp_path):
 
 
 def test_quick_run_end_to_end(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks",
-        "--quick",
-        "--device",
-        "cpu",
-        "--only",
-        "loss",
-        "--out",
-        str(tmp_path),
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    options = f"--quick --device cpu --only loss train_step --out {tmp_path}".split()
+    command = [sys.executable, "-m", "benchmarks", *options]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = read(tmp_path / "cpu.csv")
-    assert {row["contestant"] for row in rows} == {"three GEMMs", *(contestant.name for contestant in CONTESTANTS)}
+    contestants = {"three GEMMs", "hdpo_train", *(contestant.name for contestant in CONTESTANTS)}
+    assert {row["contestant"] for row in rows} == contestants
     assert not [row for row in rows if row["status"].startswith(("wrong", "failed"))]
     assert (tmp_path / "cpu-time.png").exists()
-    assert "| Forward + backward" in done.stdout
+    assert "| Forward + backward" in done.stdout and "| One optimizer step" in done.stdout
