@@ -134,7 +134,7 @@ CONTESTANTS = (
         has_softcap=False,
         has_reference=False,
     ),
-    # Its other implementation, torch_compile, is the line above: all logits. The kernels are CUDA's alone.
+    # Its kernels are CUDA's alone; the implementation it has for elsewhere is what "naive compiled" is.
     Contestant("cce", "Cut Cross Entropy as it comes", cce_logp, package="cut-cross-entropy", needs_cuda=True),
     Contestant(
         "cce unfiltered",

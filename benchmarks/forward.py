@@ -21,7 +21,7 @@ def measure(table: Table, shape: Shape, contestants: Sequence[Contestant], round
     problem = make_problem(shape, table.device)
     contest = Contest(table, "forward", shape, problem, [(c, c.forward) for c in contestants if c.logp])
     truth = _truth(problem)
-    contest.check(lambda contestant: (truth,))
+    contest.check(lambda contestant: {"logp": truth})
     contest.race(("one GEMM", one_gemm(problem)), 1, rounds, {})
 
 

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def take_turns(
-    contestants: dict[str, Callable[[], object]], device: str, *, rounds: int = 9, seconds: float = 60, warm_up: int = 1
+    contestants: dict[str, Callable[[], object]], device: str, *, rounds: int, seconds: float = 120, warm_up: int = 1
 ) -> dict[str, list[float]]:
     """Seconds of each contestant in each round; the order rotates, so that no one always runs after the same one.
 

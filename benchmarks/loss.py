@@ -38,9 +38,9 @@ def measure(table: Table, shape: Shape, contestants: Sequence[Contestant], round
     contest = Contest(table, "loss", shape, problem, [(c, c.forward_backward) for c in contestants if c.has_backward])
     outcome = cache(partial(truth, problem))
 
-    def expected(contestant: Contestant) -> Sequence[Tensor]:
+    def expected(contestant: Contestant) -> dict[str, Tensor]:
         result, d_hidden, d_weight, _ = outcome(contestant.has_reference)
-        return result.loss, d_hidden, d_weight
+        return {"loss": result.loss, "d_hidden": d_hidden, "d_weight": d_weight}
 
     contest.check(expected)
     outcome.cache_clear()  # fp64 gradients are large

@@ -1,10 +1,12 @@
 """How long does one optimizer step take, end to end, beside TRL's DPOTrainer on the same model and pairs?"""
 
+import math
 import random
 import tempfile
 import time
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,12 +57,14 @@ def measure(table: Table, setup: Setup, contestants: Sequence[Contestant], round
         result, status = None, "" if name == OURS or installed(name) else "not installed"
         if not status:
             result, status = attempt(partial(_train, name, setup, table.device))
-        if result is None:
+        if result is not None and abs(result.first_loss - math.log(2)) > 0.01:
+            status = f"wrong: the loss starts at {result.first_loss:.4g}, not at log 2"
+        if result is None or status:
             del seconds[name]
             table.add_status("train_step", setup.name, name, status, packages.get(name, ""))
             continue
-        seconds[name] += result[0]
-        peaks[name] = result[1]
+        seconds[name] += result.seconds
+        peaks[name] = result.peak_mib
     for name, values in seconds.items():
         add = partial(table.add, "train_step", setup.name, name, package=packages.get(name, ""))
         median, low, high = quartiles(values)
@@ -72,21 +76,22 @@ def measure(table: Table, setup: Setup, contestants: Sequence[Contestant], round
             add(OUR_RATIO, ratio(seconds[OURS], values), "×")
 
 
-def _train(name: str, setup: Setup, device: str) -> tuple[list[float], float]:
-    """Seconds of each step after the warm-up, and the run's peak memory above model and data, MiB."""
+class Run(NamedTuple):
+    seconds: list[float]  # of each step after the warm-up, from its predecessor's end to its own
+    peak_mib: float  # above model and data
+    first_loss: float  # policy and reference being the same, log 2
+
+
+def _train(name: str, setup: Setup, device: str) -> Run:
     from transformers import PrinterCallback, TrainerCallback
 
     class Stopwatch(TrainerCallback):
         def __init__(self) -> None:
-            self.seconds: list[float] = []
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            synchronize(device)
-            self.start = time.perf_counter()
+            self.ends: list[float] = []
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             synchronize(device)
-            self.seconds.append(time.perf_counter() - self.start)
+            self.ends.append(time.perf_counter())
 
     start_afresh()
     with tempfile.TemporaryDirectory() as folder:
@@ -95,7 +100,8 @@ def _train(name: str, setup: Setup, device: str) -> tuple[list[float], float]:
         trainer.add_callback(stopwatch)
         trainer.remove_callback(PrinterCallback)
         peak = peak_bytes(trainer.train, device)
-    return stopwatch.seconds[WARM_UP:], peak / 2**20
+    seconds = [end - start for start, end in pairwise(stopwatch.ends[WARM_UP - 1 :])]
+    return Run(seconds, peak / 2**20, trainer.state.log_history[0]["loss"])
 
 
 def _trainer(name: str, setup: Setup, device: str, folder: Path) -> Any:
