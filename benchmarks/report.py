@@ -90,16 +90,16 @@ def section(folder: Path = RESULTS) -> str:
         if not rows:
             blocks.append(f"On {device.upper()}: not measured yet (`python -m benchmarks --device {device}`).")
             continue
-        newest = max(rows, key=lambda row: row["time"])
+        machines = " and ".join(dict.fromkeys(f"{row['device']}, torch {row['torch']}" for row in rows))
         commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+        day = max(row["time"] for row in rows)[:10]
         plotted = ", ".join(
             f"[{png.stem.removeprefix(f'{device}-')}](benchmarks/results/{png.name})"
             for png in sorted(folder.glob(f"{device}-*.png"))
         )
         blocks += [
-            f"{newest['device']}; torch {newest['torch']}, commit {commits}, {newest['time'][:10]}. Medians "
-            f"(quartiles). Plots: {plotted or 'none'}. All rows: `benchmarks/results/{device}.csv`; again: "
-            f"`python -m benchmarks --device {device}`.",
+            f"{machines}; commit {commits}, {day}. Medians (quartiles). Plots: {plotted or 'none'}. All rows: "
+            f"`benchmarks/results/{device}.csv`; again: `python -m benchmarks --device {device}`.",
             tables(rows),
         ]
     return "\n\n".join(blocks)

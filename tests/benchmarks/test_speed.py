@@ -31,7 +31,7 @@ def test_forward_backward_of_peaked_logits_keeps_denormals_out_of_the_gemms(prob
     peaked = make_problem(SHAPE._replace(peaked=True), "cpu")
     turns = {"peaked": lambda: ours.forward_backward(peaked), "ordinary": lambda: ours.forward_backward(problem)}
     seconds = take_turns(turns, "cpu", rounds=7)
-    assert ratio(seconds["peaked"], seconds["ordinary"])[0] < 3  # 15 where they got in
+    assert ratio(seconds["peaked"], seconds["ordinary"])[0] < 3  # it was 15 where they got in
 
 
 @pytest.mark.parametrize("run", ["forward", "forward_backward"])
