@@ -37,7 +37,9 @@ def _time(rows: Sequence[Row]) -> Figure | None:
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(4.6 * columns, 2.6 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flat
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
     for axis, ((question, shape), bars) in zip(axes, panels.items(), strict=False):
         bars.sort(key=lambda row: rank(row["contestant"]))
         names = [row["contestant"] for row in bars]
@@ -48,8 +50,6 @@ def _time(rows: Sequence[Row]) -> Figure | None:
         axis.set_title(f"{shape}\n{_PANELS[question]}", fontsize=9)
         axis.set_xlabel("ms, median and quartiles", fontsize=8)
         _tidy(axis)
-    for axis in list(axes):  # panels left over in the last line
-        axis.set_axis_off()
     return figure
 
 
@@ -103,7 +103,8 @@ def _accuracy(rows: Sequence[Row]) -> Figure | None:
         axis.set_xticks(range(len(shapes)), [shape.replace(", ", "\n") for shape in shapes], fontsize=8)
         axis.set_ylabel(label)
         _tidy(axis)
-    figure.axes[0].legend(fontsize=8)
+    shown = {line.get_label(): line for axis in figure.axes for line in axis.lines}
+    figure.axes[-1].legend(handles=[shown[name] for name in names if name in shown], fontsize=8)
     return figure
 
 
