@@ -1,7 +1,7 @@
 # make demo   set up, then the quickstart: SFT -> preference pairs -> H-DPO -> before/after table
 # make test   set up, then every test that needs no GPU
 # make check  set up, then ruff and mypy
-# make bench  set up, then the benchmarks of this machine
+# make bench  set up, then the benchmarks of this machine, and the README's tables from them
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -30,3 +30,4 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks.report

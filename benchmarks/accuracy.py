@@ -1,34 +1,41 @@
 """How far are the log-probs of long sequences, and the gradients, from fp64?"""
 
+from collections.abc import Sequence
+from functools import cache, partial
+
 import torch
 
-from benchmarks.contestants import Problem, make_problem, ours, plain
-from benchmarks.harness import Table
-from hdpo_kernels import linear_hdpo_loss, naive
+from benchmarks import loss
+from benchmarks.contest import Figure, measure_each, relative_error
+from benchmarks.contestants import Contestant
+from benchmarks.shapes import HEADS, Shape, make_problem
+from benchmarks.table import Table
+from hdpo_kernels import naive
 
 
-def run(table: Table, device: str, quick: bool) -> None:
-    vocab, width, length = (4000, 128, 512) if quick else (32000, 512, 2048)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        problem = make_problem(2 * length, vocab, width, 2, device, dtype)
-        exact = Problem(*(t.detach().double() if t.is_floating_point() else t for t in problem))
-        exact = exact._replace(hidden=exact.hidden.requires_grad_(), weight=exact.weight.requires_grad_())
-        with torch.no_grad():  # a reference near the policy: a saturated loss has no gradient to compare
-            scores = 0.9 * naive.linear_hdpo_loss(*exact, alpha=0.9, beta=0.1).logps
-            problem = problem._replace(ref_logps=(scores + torch.tensor([0.0, 3.0], device=device)).float())
-            exact = exact._replace(ref_logps=problem.ref_logps.double())
-        truth = naive.linear_hdpo_loss(*exact, alpha=0.9, beta=0.1)
-        truth_grads = torch.autograd.grad(truth.loss, (exact.hidden, exact.weight))
-        shape = f"2 × {length} tokens, {str(dtype).removeprefix('torch.')}"
-        for name, loss, function in (
-            ("hdpo_kernels", linear_hdpo_loss, ours),
-            ("naive", naive.linear_hdpo_loss, plain),
-        ):
-            with torch.no_grad():
-                off = (loss(*problem, alpha=0.9, beta=0.1).logps.double() - truth.logps).abs().max().item()
-            table.add("accuracy", shape, name, "log-prob of a sequence", off, "nat")
-            for what, grad, exact_grad in zip(
-                ("d_hidden", "d_weight"), function(problem)[1:], truth_grads, strict=True
-            ):
-                error = ((grad.double() - exact_grad).norm() / exact_grad.norm()).item()
-                table.add("accuracy", shape, name, f"{what}, relative", error, "")
+def shapes(device: str, quick: bool) -> list[Shape]:
+    head, length = HEADS["V=32000 H=512"], 2048
+    if quick:
+        head, length = head._replace(hidden_size=128, vocab=4000), 128
+    names = {dtype: str(dtype).removeprefix("torch.") for dtype in (torch.bfloat16, torch.float16, torch.float32)}
+    return [Shape(f"2 × {length} tokens, {name}", head, (length, length), dtype) for dtype, name in names.items()]
+
+
+def measure(table: Table, shape: Shape, contestants: Sequence[Contestant], rounds: int) -> None:
+    problem = make_problem(shape, table.device)
+    truth = cache(partial(loss.truth, problem))
+
+    def figures(contestant: Contestant) -> list[Figure]:
+        found = []
+        if contestant.logp:
+            logps = naive.sequence_sum(contestant.forward(problem)[0].double(), problem.cu_seqlens)
+            off = (logps - truth(True).result.logps).abs().max().item()
+            found.append(("log-prob of a sequence", off, "nat"))
+        if contestant.has_backward:
+            true = truth(contestant.has_reference)
+            _, d_hidden, d_weight = contestant.forward_backward(problem)
+            found.append(("d_hidden, relative", relative_error(d_hidden, true.d_hidden), ""))
+            found.append(("d_weight, relative", relative_error(d_weight, true.d_weight), ""))
+        return found
+
+    measure_each(table, "accuracy", shape, problem, contestants, figures)

@@ -1,72 +1,172 @@
-"""The same loss by several hands: functions that run forward and backward and return (loss, d_hidden, d_weight)."""
+"""The same loss by several hands. To add one: a function from a problem to log-probs or to the loss, and a line below.
 
+A contestant that only knows log-probs gets plain PyTorch's pair loss on top. Functions are called with and without
+gradients; packages are imported when they are first used, which is never in a timed round.
+"""
+
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-import hdpo_kernels
-from benchmarks.harness import installed
-from hdpo_kernels import naive
+from benchmarks.shapes import Problem
+from benchmarks.table import installed
+from hdpo_kernels import linear_hdpo_loss, linear_logp, naive
+from hdpo_kernels.naive import IGNORE_INDEX
 
 LOSS: dict[str, Any] = {"alpha": 0.9, "beta": 0.1}
+OURS, NAIVE = "hdpo_kernels", "naive"
 
 
-class Problem(NamedTuple):
-    hidden: Tensor  # (N, H)
-    weight: Tensor  # (V, H)
-    labels: Tensor  # (N,)
-    cu_seqlens: Tensor  # (S + 1,) on the CPU
-    ref_logps: Tensor  # (S,)
+class Contestant(NamedTuple):
+    name: str
+    note: str  # what it is, for the legend of a table
+    logp: Callable[[Problem], Tensor] | None = None  # (N,) log-probs of the labels, nats
+    loss: Callable[[Problem], Tensor] | None = None  # () the loss; None: plain PyTorch's on top of logp
+    package: str = ""  # what it needs, and whose version is written down
+    needs_cuda: bool = False
+    has_softcap: bool = True
+    has_reference: bool = True  # False: it computes the loss with reference log-probs of zero
+    has_backward: bool = True
+
+    def obstacle(self, problem: Problem) -> str:
+        """Why it cannot run on this problem, or nothing."""
+        if self.package and not installed(self.package):
+            return "not installed"
+        if self.needs_cuda and problem.hidden.device.type != "cuda":
+            return "needs CUDA"
+        if problem.softcap is not None and not self.has_softcap:
+            return "no softcap"
+        return ""
+
+    def forward(self, problem: Problem) -> tuple[Tensor]:
+        assert self.logp is not None
+        with torch.no_grad():
+            return (self.logp(problem),)
+
+    def forward_backward(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, d_hidden, d_weight."""
+        if self.loss is not None:
+            loss = self.loss(problem)
+        else:
+            assert self.logp is not None
+            logps = naive.sequence_sum(self.logp(problem), problem.cu_seqlens)
+            loss = naive.pair_loss(logps, problem.ref_logps, **LOSS).loss
+        d_hidden, d_weight = torch.autograd.grad(loss, (problem.hidden, problem.weight))
+        return loss.detach(), d_hidden, d_weight
 
 
-def make_problem(rows: int, vocab: int, width: int, sequences: int, device: str, dtype: torch.dtype) -> Problem:
-    """Random inputs whose logits have a spread of about two nats, as a trained head's have. Never zeros."""
-    generator = torch.Generator(device).manual_seed(0)
-    normal = lambda *shape: torch.randn(*shape, generator=generator, device=device)  # noqa: E731
-    labels = torch.randint(0, vocab, (rows,), generator=generator, device=device)
-    return Problem(
-        normal(rows, width).to(dtype).requires_grad_(),
-        (2 * normal(vocab, width) / width**0.5).to(dtype).requires_grad_(),
-        labels,
-        torch.linspace(0, rows, sequences + 1).round().long(),
-        -(rows / sequences) * (1 + torch.rand(sequences, generator=generator, device=device)),
-    )
+def ours_logp(problem: Problem) -> Tensor:
+    return linear_logp(*problem[:3], softcap=problem.softcap).logp
 
 
-def _gradients(loss: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    d_hidden, d_weight = torch.autograd.grad(loss, (problem.hidden, problem.weight))
-    return loss.detach(), d_hidden, d_weight
+def ours_loss(problem: Problem) -> Tensor:
+    return linear_hdpo_loss(*problem[:5], softcap=problem.softcap, **LOSS).loss
 
 
-def ours(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients(hdpo_kernels.linear_hdpo_loss(*problem, **LOSS).loss, problem)
+def naive_logp(problem: Problem) -> Tensor:
+    return naive.linear_logp(*problem[:3], softcap=problem.softcap).logp
 
 
-def plain(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients(naive.linear_hdpo_loss(*problem, **LOSS).loss, problem)
+def naive_loss(problem: Problem) -> Tensor:
+    return naive.linear_hdpo_loss(*problem[:5], softcap=problem.softcap, **LOSS).loss
 
 
-def trl(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """TRL's ChunkedLogProbFunction as its DPOTrainer calls it (log-probs and entropy), this loss on top."""
+@functools.cache
+def _compiled() -> Callable[..., naive.TokenLogp]:
+    return torch.compile(naive.linear_logp, dynamic=False)
+
+
+def compiled_logp(problem: Problem) -> Tensor:
+    return _compiled()(*problem[:3], softcap=problem.softcap).logp
+
+
+def trl_logp(problem: Problem) -> Tensor:
+    """As DPOTrainer calls it: entropies too; on CUDA the scored rows alone, elsewhere all rows."""
     from trl.kernels import ChunkedLogProbFunction
 
+    scored = problem.labels != IGNORE_INDEX
+    compact = problem.hidden.is_cuda
+    hidden = problem.hidden[scored] if compact else problem.hidden
+    labels = problem.labels[scored] if compact else problem.labels.clamp(min=0)
     logp, *_ = ChunkedLogProbFunction.apply(
-        problem.hidden, problem.weight, None, problem.labels, 1.0, 32768, None, 1.0, ("entropy",)
+        hidden, problem.weight, None, labels, 1.0, 32768, problem.softcap, 1.0, ("entropy",)
     )
-    logps = naive.sequence_sum(logp, problem.cu_seqlens)
-    return _gradients(naive.pair_loss(logps, problem.ref_logps, **LOSS).loss, problem)
+    return logp.new_zeros(scored.shape).masked_scatter(scored, logp) if compact else logp.masked_fill(~scored, 0)
 
 
-CONTESTANTS: dict[str, Callable[[Problem], tuple[Tensor, Tensor, Tensor]]] = {"hdpo_kernels": ours, "naive": plain}
-if installed("trl"):
-    CONTESTANTS["trl"] = trl
+def liger_loss(problem: Problem) -> Tensor:
+    """Its batch is padded, chosen sequences first; ours are all of one length."""
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    def batch(packed: Tensor) -> Tensor:
+        sequences = packed.view(len(problem.cu_seqlens) - 1, -1, *packed.shape[1:])
+        return torch.cat([sequences[0::2], sequences[1::2]])
+
+    loss = LigerFusedLinearDPOLoss(beta=LOSS["alpha"] * LOSS["beta"], use_ref_model=False)
+    return loss(problem.weight, batch(problem.hidden), batch(problem.labels))[0]
+
+
+def cce_logp(problem: Problem, **options: Any) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return -linear_cross_entropy(*problem[:3], softcap=problem.softcap, reduction="none", **options)
+
+
+def torch_logp(problem: Problem) -> Tensor:
+    options = torch.nn.LinearCrossEntropyOptions()  # without them it is plain PyTorch with all logits
+    return -F.linear_cross_entropy(*problem[:3], reduction="none", options=options)
+
+
+CONTESTANTS = (
+    Contestant(OURS, "this package", ours_logp, ours_loss),
+    Contestant(NAIVE, "plain PyTorch with all logits", naive_logp, naive_loss),
+    Contestant("naive compiled", "the same under `torch.compile`", compiled_logp),
+    Contestant("trl", "its `ChunkedLogProbFunction`, as `DPOTrainer` calls it", trl_logp, package="trl"),
+    Contestant(
+        "liger",
+        "its `LigerFusedLinearDPOLoss`, without a reference: it takes no cached reference log-probs",
+        loss=liger_loss,
+        package="liger-kernel",
+        has_softcap=False,
+        has_reference=False,
+    ),
+    # Its kernels are CUDA's alone; the implementation it has for elsewhere is what "naive compiled" is.
+    Contestant("cce", "Cut Cross Entropy as it comes", cce_logp, package="cut-cross-entropy", needs_cuda=True),
+    Contestant(
+        "cce unfiltered",
+        "the same, no gradient left out",
+        functools.partial(cce_logp, filter_eps=None),
+        package="cut-cross-entropy",
+        needs_cuda=True,
+    ),
+    Contestant("torch", "`F.linear_cross_entropy`, chunked", torch_logp, package="torch", has_softcap=False),
+)
+
+
+def rank(name: str) -> int:
+    """Where a contestant stands in tables and plots: we first, then the floors."""
+    order = [OURS, "hdpo_train", "three GEMMs", "one GEMM", *(contestant.name for contestant in CONTESTANTS)]
+    return order.index(name) if name in order else len(order)
+
+
+def one_gemm(problem: Problem) -> Callable[[], None]:
+    """The floor of a forward: the logits of the scored rows, into memory that is there already."""
+    hidden, weight = _scored_hidden(problem), problem.weight.detach()
+    logits = hidden @ weight.T
+
+    def run() -> None:
+        torch.mm(hidden, weight.T, out=logits)
+
+    return run
 
 
 def three_gemms(problem: Problem) -> Callable[[], None]:
-    """The floor: the three products of forward and backward, into memory that is there already."""
-    hidden, weight = problem.hidden.detach(), problem.weight.detach()
+    """The floor of forward and backward: the three products over the scored rows, into memory that is there already."""
+    hidden, weight = _scored_hidden(problem), problem.weight.detach()
     logits, d_hidden, d_weight = hidden @ weight.T, torch.empty_like(hidden), torch.empty_like(weight)
 
     def run() -> None:
@@ -75,3 +175,7 @@ def three_gemms(problem: Problem) -> Callable[[], None]:
         torch.mm(logits.T, hidden, out=d_weight)
 
     return run
+
+
+def _scored_hidden(problem: Problem) -> Tensor:
+    return problem.hidden.detach()[problem.labels != IGNORE_INDEX]

@@ -1,86 +1,56 @@
-"""Timing and memory, measured side by side: contestants take turns in one process, and a row remembers where it ran."""
+"""Time and memory, measured side by side: contestants take turns in one process, since machines are noisy."""
 
-import csv
+import ctypes
 import gc
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
-COLUMNS = (
-    "question", "shape", "contestant", "metric", "value", "low", "high", "unit",
-    "device", "torch", "triton", "peer", "commit", "time",
-)  # fmt: skip
-
-
-class Table:
-    """Rows of results, printed as they come and written to a CSV file at the end."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.rows: list[dict[str, str]] = []
-
-    def add(self, question, shape, contestant, metric, value, unit, low=None, high=None, peer="") -> None:
-        number = lambda x: "" if x is None else f"{x:.4g}"  # noqa: E731
-        stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        values = (
-            question, shape, contestant, metric, number(value), number(low), number(high), unit,
-            device_name(self.device), installed("torch"), installed("triton"), peer, _commit(), stamp,
-        )  # fmt: skip
-        self.rows.append(dict(zip(COLUMNS, map(str, values), strict=True)))
-        spread = "" if low is None else f"   ({low:.4g} … {high:.4g})"
-        print(f"{question:10}{shape:28}{contestant:22}{metric:24}{value:10.4g} {unit}{spread}", flush=True)
-
-    def write(self, folder: Path) -> Path:
-        """Replace the rows of the questions asked now in <folder>/<device>.csv, keep the others."""
-        path = folder / f"{self.device}.csv"
-        asked = {row["question"] for row in self.rows}
-        kept = [row for row in read(path) if row["question"] not in asked] if path.exists() else []
-        folder.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(kept + self.rows)
-        return path
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+T = TypeVar("T")
 
 
 def take_turns(
-    contestants: dict[str, Callable[[], object]], device: str, repeats: int, warm_up: int = 2
+    contestants: dict[str, Callable[[], object]], device: str, *, rounds: int, seconds: float = 120, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each contestant in each round; the order rotates, so that no one always runs after the same one."""
+    """Seconds of each contestant in each round; the order rotates, so that no one always runs after the same one.
+
+    Ends after `rounds`, or once `seconds` have passed and three rounds are in.
+    """
     names = list(contestants)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(warm_up + repeats):
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    begin = time.perf_counter()
+    for i in range(-warm_up, rounds):
+        if i >= 3 and time.perf_counter() - begin > seconds:
+            break
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            _synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             contestants[name]()
-            _synchronize(device)
-            if i >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+            synchronize(device)
+            if i >= 0:
+                taken[name].append(time.perf_counter() - start)
+    return taken
 
 
 def ratio(seconds: list[float], base: list[float]) -> tuple[float, float, float]:
     """Median, lower and upper quartile of the ratio within each round: a slow round slows both."""
-    ratios = sorted(a / b for a, b in zip(seconds, base, strict=True))
-    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return statistics.median(ratios), quartiles[0], quartiles[2]
+    return quartiles([a / b for a, b in zip(seconds, base, strict=True)])
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Median, lower and upper quartile."""
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return statistics.median(values), low, high
 
 
 def peak_bytes(function: Callable[[], object], device: str) -> int:
-    """Most memory in use while `function` runs, above what was in use before."""
+    """Most memory in use while `function` runs, above what was in use before. On the CPU: resident, on Linux."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -89,38 +59,47 @@ def peak_bytes(function: Callable[[], object], device: str) -> int:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for later would hide what the function takes
     Path("/proc/self/clear_refs").write_text("5")  # the peak of the resident set starts again from now
     before = _status("VmRSS")
     function()
     return _status("VmHWM") - before
 
 
-def installed(package: str) -> str:
+def attempt(function: Callable[[], T]) -> tuple[T | None, str]:
+    """The function's result and no words, or no result and why, in a few words."""
     try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
+        return function(), ""
+    except torch.AcceleratorError:
+        raise  # a sticky error: nothing that is measured on the device after it means anything
+    except Exception as error:
+        status = _describe(error)
+    start_afresh()  # after the handler: the error held the memory of everything on its stack
+    return None, status
 
 
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{models[0].split(':')[1].strip() if models else 'CPU'}, {torch.get_num_threads()} threads"
+def start_afresh() -> None:
+    """Give back cached memory and compiled code."""
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
-def _synchronize(device: str) -> None:
+def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def _describe(error: Exception) -> str:
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return "out of memory"
+    if "C++ compiler" in text:  # torch.compile on a CPU
+        return "needs a C++ compiler"
+    return f"failed: {type(error).__name__}: {(text.strip() or 'no message').splitlines()[0][:120]}"
 
 
 def _status(field: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024
-
-
-def _commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent)]
-    run = lambda *args: subprocess.run([*git, *args], capture_output=True, text=True).stdout.strip()  # noqa: E731
-    dirty = run("status", "--porcelain", "--untracked-files=no", "--", ":!results")
-    return (run("rev-parse", "--short", "HEAD") or "unknown") + ("+" if dirty else "")

@@ -1,29 +1,59 @@
-"""How long do forward and backward take, beside three bare GEMMs and beside others?"""
+"""How long do forward and backward of the loss take, beside three bare GEMMs and beside others?"""
 
-from collections.abc import Callable
-from functools import partial
-from statistics import median
+from collections.abc import Sequence
+from functools import cache, partial
 
-from benchmarks.contestants import CONTESTANTS, make_problem, plain, three_gemms
-from benchmarks.harness import Table, installed, ratio, take_turns
-from benchmarks.shapes import loss_shapes
+import torch
+from torch import Tensor
+
+from benchmarks.contest import Contest
+from benchmarks.contestants import LOSS, OURS, Contestant, three_gemms
+from benchmarks.shapes import HEADS, Problem, Shape, make_problem
+from benchmarks.table import Table
+from hdpo_kernels.testing import Outcome, true_outcome
 
 
-def run(table: Table, device: str, quick: bool) -> None:
-    for shape in loss_shapes(device, quick):
-        problem = make_problem(shape.rows, shape.vocab, shape.width, shape.sequences, device, shape.dtype)
-        truth = [t.double() for t in plain(problem)]
-        for name, contestant in CONTESTANTS.items():  # wrong results are not timed
-            errors = [((r - t).norm() / t.norm()).item() for r, t in zip(contestant(problem), truth, strict=True)]
-            if not max(errors) < (1e-4 if shape.dtype.itemsize == 4 else 3e-2):
-                raise AssertionError(f"{name} is wrong at {shape.name}: relative errors {errors}")
-        del truth
-        turns: dict[str, Callable[[], object]] = {name: partial(f, problem) for name, f in CONTESTANTS.items()}
-        seconds = take_turns({"three GEMMs": three_gemms(problem), **turns}, device, repeats=3 if quick else 9)
-        for name, values in seconds.items():
-            low, high = 1e3 * min(values), 1e3 * max(values)
-            peer = installed("trl") if name == "trl" else ""
-            table.add("loss", shape.name, name, "time", 1e3 * median(values), "ms", low, high, peer)
-        for name in seconds.keys() - {"hdpo_kernels"}:
-            middle, low, high = ratio(seconds["hdpo_kernels"], seconds[name])
-            table.add("loss", shape.name, "hdpo_kernels", f"time / {name}", middle, "×", low, high)
+def shapes(device: str, quick: bool) -> list[Shape]:
+    """What matters most comes first."""
+    small = HEADS["V=32000 H=512"]
+    if quick:
+        head = small._replace(hidden_size=128, vocab=4000)
+        return [Shape("N=256 V=4000 H=128", head, (64,) * 4, torch.float32 if device == "cpu" else torch.bfloat16)]
+    if device == "cpu":
+        plain = Shape("N=2048 V=32000 H=512", small, (256,) * 8, torch.float32)
+        return [
+            plain,
+            plain._replace(name=f"{plain.name}, half masked", masked=True),
+            plain._replace(name=f"{plain.name}, peaked", peaked=True),
+            Shape("Qwen2.5-0.5B N=512", HEADS["Qwen2.5-0.5B"], (128,) * 4, torch.float32),
+        ]
+    names = ("Llama-3-8B", "Qwen2.5-0.5B", "Gemma-2-2B", "Llama-3.2-1B", "Qwen2.5-7B")
+    whole = [Shape(f"{name} N=8192", HEADS[name], (512,) * 16, torch.bfloat16) for name in names]
+    masked = [shape._replace(name=f"{shape.name}, half masked", masked=True) for shape in whole[:2]]
+    return [whole[0], masked[0], *whole[1:], masked[1]]
+
+
+def measure(table: Table, shape: Shape, contestants: Sequence[Contestant], rounds: int) -> None:
+    problem = make_problem(shape, table.device)
+    contest = Contest(table, "loss", shape, problem, [(c, c.forward_backward) for c in contestants if c.has_backward])
+    outcome = cache(partial(truth, problem))
+
+    def expected(contestant: Contestant) -> dict[str, Tensor]:
+        result, d_hidden, d_weight, _ = outcome(contestant.has_reference)
+        return {"loss": result.loss, "d_hidden": d_hidden, "d_weight": d_weight}
+
+    contest.check(expected)
+    outcome.cache_clear()  # fp64 gradients are large
+    beside = {}
+    if shape.peaked and OURS in contest.runs:  # do denormal probabilities cost us anything?
+        ordinary = make_problem(shape._replace(peaked=False), table.device)
+        beside["ordinary logits"] = partial(contest.contestants[OURS].forward_backward, ordinary)
+    contest.race(("three GEMMs", three_gemms(problem)), 3, rounds, beside)
+
+
+def truth(problem: Problem, with_reference: bool) -> Outcome:
+    """The loss and its gradients in fp64."""
+    inputs = problem.inputs
+    if not with_reference:
+        inputs = inputs._replace(ref_logps=torch.zeros_like(inputs.ref_logps))
+    return true_outcome(inputs, softcap=problem.softcap, **LOSS)

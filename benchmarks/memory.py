@@ -1,21 +1,33 @@
-"""How much memory do forward and backward take above their inputs and gradients?"""
+"""How much memory do forward and backward of one pair take, above inputs and gradients, as the pair gets longer?"""
 
+from collections.abc import Sequence
 from functools import partial
 
-from benchmarks.contestants import CONTESTANTS, make_problem
-from benchmarks.harness import Table, installed, peak_bytes
-from benchmarks.shapes import memory_shapes
+import torch
+
+from benchmarks.contest import Figure, measure_each, peak_mib
+from benchmarks.contestants import Contestant
+from benchmarks.shapes import HEADS, Shape, make_problem
+from benchmarks.table import Table
 
 
-def run(table: Table, device: str, quick: bool) -> None:
-    for shape in memory_shapes(device, quick):
-        problem = make_problem(shape.rows, shape.vocab, shape.width, shape.sequences, device, shape.dtype)
-        gradients = sum(t.numel() * t.element_size() for t in (problem.hidden, problem.weight))
-        peaks = {}
-        for name, contestant in CONTESTANTS.items():
-            contestant(make_problem(64, 100, 8, 2, device, shape.dtype))  # one-time allocations of the libraries
-            peaks[name] = peak_bytes(partial(contestant, problem), device) - gradients
-            peer = installed("trl") if name == "trl" else ""
-            table.add("memory", shape.name, name, "peak above gradients", peaks[name] / 2**20, "MiB", peer=peer)
-        for name in peaks.keys() - {"hdpo_kernels"}:
-            table.add("memory", shape.name, "hdpo_kernels", f"peak / {name}", peaks["hdpo_kernels"] / peaks[name], "×")
+def shapes(device: str, quick: bool) -> list[Shape]:
+    """The longest first, then what tells most about the curve."""
+    if device == "cpu":
+        name, dtype = "V=32000 H=512", torch.float32
+        lengths = [64, 128] if quick else [4096, 256, 1024, 512, 2048]
+    else:
+        name, dtype = "Llama-3-8B", torch.bfloat16
+        lengths = [1024, 2048] if quick else [65536, 1024, 16384, 4096]
+    return [Shape(f"{name}, 2 × {length} tokens", HEADS[name], (length, length), dtype) for length in lengths]
+
+
+def measure(table: Table, shape: Shape, contestants: Sequence[Contestant], rounds: int) -> None:
+    problem = make_problem(shape, table.device)
+
+    def figures(contestant: Contestant) -> list[Figure]:
+        run = partial(contestant.forward_backward, problem)
+        run()  # compiles, tunes, and allocates what stays
+        return [("peak memory", peak_mib(run, table.device), "MiB")]
+
+    measure_each(table, "memory", shape, problem, [c for c in contestants if c.has_backward], figures)

@@ -1,56 +1,114 @@
-"""Rewrite the README's table of measurements from benchmarks/results: python -m benchmarks.report"""
+"""Draw the plots of benchmarks/results and rewrite the README's tables from them: python -m benchmarks.report"""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from benchmarks.harness import RESULTS, read
+from benchmarks import plots
+from benchmarks.contest import OUR_RATIO
+from benchmarks.contestants import CONTESTANTS, OURS, rank
+from benchmarks.table import RESULTS, Row, read
 
 README = Path(__file__).parent.parent / "README.md"
-# (question, contestant, metric) -> what the README calls it
-CPU_LINES = {
-    ("loss", "hdpo_kernels", "time / three GEMMs"): "forward + backward, as a multiple of its three bare GEMMs",
-    ("loss", "hdpo_kernels", "time / trl"): "… of TRL 1.16's `ChunkedLogProbFunction` with the same loss on top",
-    ("loss", "hdpo_kernels", "time / naive"): "… of plain PyTorch (full logits)",
-    (
-        "memory",
-        "hdpo_kernels",
-        "peak / naive",
-    ): "peak memory above inputs and gradients, as a multiple of plain PyTorch's",
-    ("memory", "hdpo_kernels", "peak / trl"): "… of TRL's",
-    ("accuracy", "hdpo_kernels", "log-prob of a sequence"): "log-prob of a sequence, largest error against fp64",
-    ("accuracy", "naive", "log-prob of a sequence"): "… of plain PyTorch",
-}
 
 
-def table(folder: Path = RESULTS) -> str:
-    """Markdown: one row per measured figure; what nobody measured is not there."""
-    lines = []
+class Pivot(NamedTuple):
+    """A table of one question: a line per shape, a column per contestant."""
+
+    question: str
+    title: str
+    metrics: tuple[str, ...]  # a cell shows the first of them that was measured
+
+
+PIVOTS = (
+    Pivot("loss", "Forward + backward: our time, and its ratio to that of", (OUR_RATIO, "time")),
+    Pivot("forward", "Forward only: our time, and its ratio to that of", (OUR_RATIO, "time")),
+    Pivot("memory", "One pair, forward + backward: peak memory above inputs and gradients", ("peak memory",)),
+    Pivot("accuracy", "Log-prob of a sequence: largest error against fp64", ("log-prob of a sequence",)),
+    Pivot("train_step", "One optimizer step, end to end: our time, and its ratio to that of", (OUR_RATIO, "time")),
+)
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """Markdown of everything that was measured; what nobody measured is not there."""
+    blocks = [block for pivot in PIVOTS for block in _table(rows, pivot)]
+    measured = {row["contestant"]: row["peer"] for row in rows if row["metric"]}
+    legend = [
+        f"{contestant.name}{' ' + measured[contestant.name] if measured[contestant.name] else ''}: {contestant.note}"
+        for contestant in CONTESTANTS
+        if contestant.name in measured and contestant.name != OURS
+    ]
+    return "\n\n".join([*blocks, ". ".join(legend) + "."] if legend else blocks)
+
+
+def _table(rows: Sequence[Row], pivot: Pivot) -> list[str]:
+    """A table, and a line that says why contestants without any figure have none."""
+    rows = [row for row in rows if row["question"] == pivot.question]
+    figures = {
+        (row["shape"], row["contestant"]): _figure(row)
+        for metric in reversed(pivot.metrics)  # the first one last, so that it stays
+        for row in rows
+        if row["metric"] == metric
+    }
+    statuses = {(row["shape"], row["contestant"]): row["status"] for row in rows if row["status"]}
+    if not figures:
+        return []
+    columns = sorted({contestant for _, contestant in figures}, key=rank)
+    lines = [f"| {pivot.title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for shape in sorted({shape for shape, _ in figures}, key=_natural):
+        cells = [figures.get((shape, name)) or statuses.get((shape, name), "").split(":")[0] for name in columns]
+        lines.append(f"| {shape} | {' | '.join(cells)} |")
+    reasons: dict[str, list[str]] = {}
+    for (_, name), status in statuses.items():
+        if name not in columns and status not in reasons.setdefault(name, []):
+            reasons[name].append(status)
+    without = ". ".join(f"{name or pivot.question}: {'; '.join(each)}" for name, each in reasons.items())
+    return ["\n".join(lines), f"No figures: {without}."] if without else ["\n".join(lines)]
+
+
+def _figure(row: Row) -> str:
+    spread = f" ({_number(row['low'])} … {_number(row['high'])})" if row["low"] else ""
+    return f"{_number(row['value'])} {row['unit']}{spread}"
+
+
+def _number(text: str) -> str:
+    value = float(text)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _natural(shape: str) -> list[tuple[int, str]]:
+    """Sorts numbers inside a name by their size."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", shape)]
+
+
+def section(folder: Path = RESULTS) -> str:
+    """What the README says of every device."""
+    blocks = []
     for device in ("cpu", "cuda"):
-        path = folder / f"{device}.csv"
-        if not path.exists():
-            lines += [f"On {device.upper()}: not measured yet (`python -m benchmarks --device {device}`).", ""]
+        rows = read(folder / f"{device}.csv")
+        if not rows:
+            blocks.append(f"On {device.upper()}: not measured yet (`python -m benchmarks --device {device}`).")
             continue
-        rows = read(path)
-        first = rows[0]
-        lines += [
-            f"{first['device']}; torch {first['torch']}, commit {first['commit']}, {first['time'][:10]}. "
-            f"All rows: `benchmarks/results/{device}.csv`; again: `python -m benchmarks --device {device}`.",
-            "",
-            "| figure | shape | median (quartiles) |",
-            "|---|---|---|",
+        machines = " and ".join(dict.fromkeys(f"{row['device']}, torch {row['torch']}" for row in rows))
+        commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+        day = max(row["time"] for row in rows)[:10]
+        plotted = ", ".join(
+            f"[{png.stem.removeprefix(f'{device}-')}](benchmarks/results/{png.name})"
+            for png in sorted(folder.glob(f"{device}-*.png"))
+        )
+        blocks += [
+            f"{machines}; commit {commits}, {day}. Medians (quartiles). Plots: {plotted or 'none'}. All rows: "
+            f"`benchmarks/results/{device}.csv`; again: `python -m benchmarks --device {device}`.",
+            tables(rows),
         ]
-        for key, label in CPU_LINES.items():
-            for row in rows:
-                if (row["question"], row["contestant"], row["metric"]) == key:
-                    spread = f" ({float(row['low']):.3g} … {float(row['high']):.3g})" if row["low"] else ""
-                    lines.append(f"| {label} | {row['shape']} | {float(row['value']):.3g} {row['unit']}{spread} |")
-        lines.append("")
-    return "\n".join(lines).rstrip()
+    return "\n\n".join(blocks)
 
 
 def filled_in(text: str) -> str:
     """The README's text with what stands between its markers written anew."""
     quickstart = RESULTS / "quickstart.md"
-    contents = {"benchmarks": table(), "quickstart": quickstart.read_text(encoding="utf-8").strip()}
+    contents = {"benchmarks": section(), "quickstart": quickstart.read_text(encoding="utf-8").strip()}
     for name, content in contents.items():
         begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
         before, rest = text.split(begin)
@@ -59,6 +117,8 @@ def filled_in(text: str) -> str:
 
 
 def main() -> None:
+    for device in ("cpu", "cuda"):
+        plots.draw(read(RESULTS / f"{device}.csv"), RESULTS, device)
     README.write_text(filled_in(README.read_text(encoding="utf-8")), encoding="utf-8")
 
 

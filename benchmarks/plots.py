@@ -1,0 +1,119 @@
+"""Plots of a device's results: time, memory against length, accuracy."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # not pyplot: no global state, no display
+
+from benchmarks.contestants import OURS, rank
+from benchmarks.table import Row
+
+_COLORS = ["C0", "C1", "C2", "C4", "C5", "C6", "C8", "C9", "navy"]  # neither our red nor the floors' gray
+_PANELS = {"loss": "forward + backward", "forward": "forward only", "train_step": "one optimizer step"}
+
+
+def draw(rows: Sequence[Row], folder: Path, device: str) -> list[Path]:
+    """Write <device>-time.png, -memory.png, -accuracy.png, those of which something was measured."""
+    paths = []
+    for name, plot in (("time", _time), ("memory", _memory), ("accuracy", _accuracy)):
+        figure = plot(rows)
+        if figure is not None:
+            paths.append(folder / f"{device}-{name}.png")
+            figure.savefig(paths[-1], dpi=120)
+    return paths
+
+
+def _time(rows: Sequence[Row]) -> Figure | None:
+    """A panel per question and shape, a bar per contestant; whiskers are quartiles."""
+    panels: dict[tuple[str, str], list[Row]] = {}
+    for question in _PANELS:
+        for row in rows:
+            if row["question"] == question and row["metric"] == "time":
+                panels.setdefault((question, row["shape"]), []).append(row)
+    if not panels:
+        return None
+    columns = min(len(panels), 3)
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.6 * columns, 2.6 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for axis, ((question, shape), bars) in zip(axes, panels.items(), strict=False):
+        bars.sort(key=lambda row: rank(row["contestant"]))
+        names = [row["contestant"] for row in bars]
+        values, low, high = ([float(row[key] or row["value"]) for row in bars] for key in ("value", "low", "high"))
+        whiskers = [[abs(x - v) for v, x in zip(values, ends, strict=True)] for ends in (low, high)]
+        axis.barh(names, values, xerr=whiskers, color=[_color(name) for name in names], ecolor="black")
+        axis.invert_yaxis()
+        axis.set_title(f"{shape}\n{_PANELS[question]}", fontsize=9)
+        axis.set_xlabel("ms, median and quartiles", fontsize=8)
+        _tidy(axis)
+    return figure
+
+
+def _memory(rows: Sequence[Row]) -> Figure | None:
+    """A line per contestant over the length of a pair's sequences."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        length = re.search(r"2 × (\d+) tokens", row["shape"])
+        if row["question"] == "memory" and row["metric"] == "peak memory" and length:
+            lines.setdefault(row["contestant"], []).append((int(length[1]), float(row["value"])))
+    if not lines:
+        return None
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axis = figure.subplots()
+    for name in sorted(lines, key=rank):
+        axis.plot(*zip(*sorted(lines[name]), strict=True), "o-", label=name, color=_color(name), markersize=4)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    lengths = sorted({length for points in lines.values() for length, _ in points})
+    axis.set_xticks(lengths, [f"2 × {length}" for length in lengths], fontsize=8)
+    axis.set_xlabel("tokens of one pair")
+    axis.set_ylabel("peak above inputs and gradients, MiB")
+    axis.legend(fontsize=8)
+    _tidy(axis)
+    return figure
+
+
+def _accuracy(rows: Sequence[Row]) -> Figure | None:
+    """A panel per quantity, a group of points per dtype, a point per contestant."""
+    metrics = {
+        "log-prob of a sequence": "nats off, log-prob of a sequence",
+        "d_hidden, relative": "relative error, d_hidden",
+        "d_weight, relative": "relative error, d_weight",
+    }
+    rows = [row for row in rows if row["question"] == "accuracy" and row["metric"] in metrics]
+    if not rows:
+        return None
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    names = sorted({row["contestant"] for row in rows}, key=rank)
+    figure = Figure(figsize=(4.2 * len(metrics), 3.8), layout="constrained")
+    for axis, (metric, label) in zip(figure.subplots(1, len(metrics)), metrics.items(), strict=True):
+        for i, name in enumerate(names):
+            points = [
+                (shapes.index(row["shape"]) + 0.6 * ((i + 0.5) / len(names) - 0.5), float(row["value"]))
+                for row in rows
+                if (row["contestant"], row["metric"]) == (name, metric)
+            ]
+            if points:
+                axis.plot(*zip(*points, strict=True), "o", label=name, color=_color(name))
+        axis.set_yscale("log")
+        axis.set_xticks(range(len(shapes)), [shape.replace(", ", "\n") for shape in shapes], fontsize=8)
+        axis.set_ylabel(label)
+        _tidy(axis)
+    shown = {line.get_label(): line for axis in figure.axes for line in axis.lines}
+    figure.axes[-1].legend(handles=[shown[name] for name in names if name in shown], fontsize=8)
+    return figure
+
+
+def _color(name: str) -> str:
+    if name in (OURS, "hdpo_train"):
+        return "crimson"
+    return "dimgray" if "GEMM" in name else _COLORS[rank(name) % len(_COLORS)]
+
+
+def _tidy(axis: Axes) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)

@@ -1,0 +1,52 @@
+"""Turns, ratios, peaks, and what becomes of an error."""
+
+import pytest
+import torch
+
+from benchmarks.harness import attempt, peak_bytes, quartiles, ratio, take_turns
+
+
+def test_take_turns_rotates_the_order():
+    order: list[str] = []
+    seconds = take_turns({name: lambda name=name: order.append(name) for name in "abc"}, "cpu", rounds=3, warm_up=1)
+    rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert rounds == ["cab", "abc", "bca", "cab"]  # the first is warm-up
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_take_turns_ends_when_time_is_up_but_not_before_three_rounds():
+    assert len(take_turns({"a": lambda: None}, "cpu", rounds=9, seconds=0)["a"]) == 3
+
+
+def test_ratio_is_taken_within_a_round():
+    assert ratio([1.0, 20.0, 3.0], [2.0, 40.0, 6.0]) == (0.5, 0.5, 0.5)
+
+
+def test_quartiles():
+    assert quartiles([4.0, 1.0, 2.0, 3.0, 5.0]) == (3.0, 2.0, 4.0)
+    assert quartiles([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_peak_bytes_sees_memory_that_is_gone_again():
+    def function() -> None:
+        torch.ones(2**24).sum()
+
+    assert abs(peak_bytes(function, "cpu") - 2**26) < 2**24  # pages are counted in batches
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to …"), "out of memory"),
+        (RuntimeError("InvalidCxxCompiler: No working C++ compiler found"), "needs a C++ compiler"),
+        (ValueError("no such head\nmore"), "failed: ValueError: no such head"),
+        (AssertionError(), "failed: AssertionError: no message"),
+    ],
+)
+def test_attempt_says_what_went_wrong(error, status):
+    def function() -> None:
+        raise error
+
+    assert attempt(function) == (None, status)
+    assert attempt(lambda: 3) == (3, "")

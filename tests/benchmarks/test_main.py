@@ -1,0 +1,68 @@
+"""The command: what it measures first, what it leaves out when time is up, and one real run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+from benchmarks import __main__ as main
+from benchmarks.contestants import CONTESTANTS
+from benchmarks.table import Table, read
+
+ROOT = Path(__file__).parents[2]
+
+
+def fake_question(name, seconds, clock):
+    def measure(table, shape, contestants, rounds):
+        clock.now += seconds
+        if shape.name == "bad":
+            raise ValueError("a bug of ours")
+        table.add(name, shape.name, "ours", "time", (1.0,), "ms")
+
+    return SimpleNamespace(measure=measure)
+
+
+def shapes(*names):
+    return [SimpleNamespace(name=name) for name in names]
+
+
+def test_in_order_asks_every_question_once_before_any_twice():
+    order = main.in_order({"loss": ["a", "b", "c"], "memory": ["x"], "forward": ["a", "b"]})
+    assert order == [("loss", "a"), ("memory", "x"), ("forward", "a"), ("loss", "b"), ("forward", "b"), ("loss", "c")]
+
+
+def test_run_leaves_out_what_would_end_too_late(monkeypatch, tmp_path):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(main.time, "monotonic", lambda: clock.now)
+    questions = {"slow": fake_question("slow", 50, clock), "fast": fake_question("fast", 1, clock)}
+    monkeypatch.setattr(main, "QUESTIONS", questions)
+    tasks = main.in_order({"slow": shapes("a", "b", "c"), "fast": shapes("a", "b", "c")})
+    table = Table("cpu")
+    left_out = main.run(tasks, table, [], rounds=1, minutes=104 / 60, out=tmp_path)
+    assert left_out == ["slow of c"]
+    assert [(row["question"], row["shape"]) for row in read(tmp_path / "cpu.csv")] == [
+        ("slow", "a"), ("fast", "a"), ("slow", "b"), ("fast", "b"), ("fast", "c"),
+    ]  # fmt: skip
+
+
+def test_run_goes_on_after_an_error_and_reports_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(main, "QUESTIONS", {"loss": fake_question("loss", 0, SimpleNamespace(now=0))})
+    main.run(main.in_order({"loss": shapes("bad", "good")}), Table("cpu"), [], 1, float("inf"), tmp_path)
+    bad, good = read(tmp_path / "cpu.csv")
+    assert bad["status"] == "failed: ValueError: a bug of ours" and good["value"] == "1"
+
+
+def test_quick_run_end_to_end(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    options = f"--quick --device cpu --only loss train_step --out {tmp_path}".split()
+    command = [sys.executable, "-m", "benchmarks", *options]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = read(tmp_path / "cpu.csv")
+    contestants = {"three GEMMs", "hdpo_train", *(contestant.name for contestant in CONTESTANTS)}
+    assert {row["contestant"] for row in rows} == contestants
+    assert not [row for row in rows if row["status"].startswith(("wrong", "failed"))]
+    assert (tmp_path / "cpu-time.png").exists()
+    assert "| Forward + backward" in done.stdout and "| One optimizer step" in done.stdout

@@ -1,0 +1,57 @@
+"""The README says what the CSV says; what the CSV does not say is absent."""
+
+from benchmarks import plots, report
+from benchmarks.contest import OUR_RATIO
+from benchmarks.table import Table
+
+
+def example() -> Table:
+    table = Table("cpu")
+    table.add("loss", "N=2048", "hdpo_kernels", "time", (1234.0, 1000.0, 1500.0), "ms")
+    table.add("loss", "N=2048", "naive", "time", (2000.0, 1900.0, 2100.0), "ms")
+    table.add("loss", "N=2048", "naive", OUR_RATIO, (0.617, 0.5, 0.7), "×")
+    table.add("loss", "N=512", "hdpo_kernels", "time", (300.0, 290.0, 310.0), "ms")
+    table.add_status("loss", "N=512", "naive", "out of memory")
+    table.add_status("loss", "N=2048", "cce", "needs CUDA", "cut-cross-entropy")
+    table.add_status("loss", "N=512", "cce", "needs CUDA", "cut-cross-entropy")
+    table.add("memory", "2 × 1024 tokens", "naive", "peak memory", (1536.0,), "MiB")
+    table.add("memory", "2 × 256 tokens", "naive", "peak memory", (384.0,), "MiB")
+    table.add("accuracy", "2 × 2048 tokens, bfloat16", "naive", "log-prob of a sequence", (0.18,), "nat")
+    return table
+
+
+def test_tables_show_figures_statuses_and_nothing_else():
+    text = report.tables(example().rows)
+    lines = text.splitlines()
+    assert lines[0].endswith("| hdpo_kernels | naive |")
+    assert lines[2] == "| N=512 | 300 ms (290 … 310) | out of memory |"  # shapes by size, not by letters
+    assert lines[3] == "| N=2048 | 1,234 ms (1,000 … 1,500) | 0.617 × (0.5 … 0.7) |"
+    assert "No figures: cce: needs CUDA." in lines
+    assert text.index("| 2 × 256 tokens | 384 MiB |") < text.index("| 2 × 1024 tokens | 1,536 MiB |")
+    assert "naive: plain PyTorch with all logits." in text
+
+
+def test_tables_leave_out_what_was_not_measured():
+    rows = example().rows
+    assert report.tables([]) == ""
+    assert "One pair" in report.tables(rows)
+    assert "One pair" not in report.tables([row for row in rows if row["question"] != "memory"])
+    without = report.tables([row for row in rows if row["metric"] != OUR_RATIO])
+    assert "0.617" not in without
+
+
+def test_section_without_results_says_so(tmp_path):
+    assert report.section(tmp_path).count("not measured yet") == 2
+    example().write(tmp_path)
+    text = report.section(tmp_path)
+    assert "On CUDA: not measured yet" in text and "On CPU" not in text and "1,234 ms" in text
+
+
+def test_draw_makes_the_plots_of_what_was_measured(tmp_path):
+    rows = example().rows
+    paths = plots.draw(rows, tmp_path, "cpu")
+    assert [path.name for path in paths] == ["cpu-time.png", "cpu-memory.png", "cpu-accuracy.png"]
+    assert all(path.stat().st_size > 5000 for path in paths)
+    assert plots.draw([row for row in rows if row["question"] == "memory"], tmp_path, "cuda") == [
+        tmp_path / "cuda-memory.png"
+    ]

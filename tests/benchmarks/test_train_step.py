@@ -1,0 +1,38 @@
+"""Trainers take turns, and one whose loss is wrong is not timed."""
+
+import pytest
+
+from benchmarks import train_step
+from benchmarks.contest import OUR_RATIO
+from benchmarks.contestants import CONTESTANTS
+from benchmarks.table import Table, installed
+from benchmarks.train_step import OURS, TRL, Run
+
+(SETUP,) = train_step.shapes("cpu", quick=True)
+
+
+@pytest.mark.skipif(not installed(TRL), reason="TRL is not installed")
+def test_measure_takes_turns_by_runs(monkeypatch):
+    order = []
+
+    def train(name, setup, device):
+        order.append(name)
+        return Run([1.0, 2.0] if name == OURS else [2.0, 4.0], 64.0, 0.6931)
+
+    monkeypatch.setattr(train_step, "_train", train)
+    table = Table("cpu")
+    train_step.measure(table, SETUP, CONTESTANTS, rounds=1)
+    assert order == [OURS, TRL, TRL, OURS]
+    (row,) = [row for row in table.rows if row["metric"] == OUR_RATIO]
+    assert (row["contestant"], row["value"]) == (TRL, "0.5")
+    speeds = {row["contestant"]: float(row["value"]) for row in table.rows if row["metric"] == "speed"}
+    assert speeds[OURS] == pytest.approx(SETUP.batch_tokens / 1.5, rel=1e-3)
+
+
+@pytest.mark.skipif(not installed(TRL), reason="TRL is not installed")
+def test_measure_a_wrong_loss_is_not_timed(monkeypatch):
+    monkeypatch.setattr(train_step, "_train", lambda name, *_: Run([1.0], 64.0, 0.6931 if name == OURS else 0.9))
+    table = Table("cpu")
+    train_step.measure(table, SETUP, CONTESTANTS, rounds=1)
+    (row,) = [row for row in table.rows if row["contestant"] == TRL]
+    assert row["status"] == "wrong: the loss starts at 0.9, not at log 2"
