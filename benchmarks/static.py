@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.harness import RESULTS
+from benchmarks.table import RESULTS
 from hdpo_kernels import fused
 from hdpo_kernels.rows import triton as rows
 
