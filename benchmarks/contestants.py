@@ -7,6 +7,7 @@ gradients; packages are imported when they are first used, which is never in a t
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from hdpo_kernels.naive import IGNORE_INDEX
 
 LOSS: dict[str, Any] = {"alpha": 0.9, "beta": 0.1}
 OURS, NAIVE = "hdpo_kernels", "naive"
+FUSED, CHUNKED = "fused", "chunked"
 
 
 class Contestant(NamedTuple):
@@ -60,11 +62,23 @@ class Contestant(NamedTuple):
 
 
 def ours_logp(problem: Problem) -> Tensor:
-    return linear_logp(*problem[:3], softcap=problem.softcap).logp
+    return linear_logp(problem.hidden, problem.weight, problem.host_labels, softcap=problem.softcap).logp
 
 
 def ours_loss(problem: Problem) -> Tensor:
-    return linear_hdpo_loss(*problem[:5], softcap=problem.softcap, **LOSS).loss
+    labels, rest = problem.host_labels, (problem.cu_seqlens, problem.ref_logps)
+    return linear_hdpo_loss(problem.hidden, problem.weight, labels, *rest, softcap=problem.softcap, **LOSS).loss
+
+
+def ours_fused_logp(problem: Problem) -> Tensor:
+    from hdpo_kernels.fused import linear_stats
+
+    return linear_stats(*problem[:3], softcap=problem.softcap).logp
+
+
+def ours_chunked_logp(problem: Problem) -> Tensor:
+    with mock.patch("hdpo_kernels.rows.FUSED_MAX_HIDDEN", 0):
+        return ours_logp(problem)
 
 
 def naive_logp(problem: Problem) -> Tensor:
@@ -122,7 +136,10 @@ def torch_logp(problem: Problem) -> Tensor:
 
 
 CONTESTANTS = (
-    Contestant(OURS, "this package", ours_logp, ours_loss),
+    Contestant(OURS, "this package, labels on the CPU as its trainer's collator makes them", ours_logp, ours_loss),
+    # Its two ways to log-probs without a gradient; which one it takes where is hdpo_kernels/rows/__init__.py's.
+    Contestant(FUSED, "our fused forward", ours_fused_logp, needs_cuda=True, has_backward=False),
+    Contestant(CHUNKED, "our logits in chunks", ours_chunked_logp, needs_cuda=True, has_backward=False),
     Contestant(NAIVE, "plain PyTorch with all logits", naive_logp, naive_loss),
     Contestant("naive compiled", "the same under `torch.compile`", compiled_logp),
     Contestant("trl", "its `ChunkedLogProbFunction`, as `DPOTrainer` calls it", trl_logp, package="trl"),

@@ -56,6 +56,7 @@ class Problem(NamedTuple):
     cu_seqlens: list[int]
     ref_logps: Tensor  # (S,)
     softcap: float | None
+    host_labels: Tensor  # labels on the CPU, where a collator makes them
 
     @property
     def inputs(self) -> HeadInputs:
@@ -76,4 +77,4 @@ def make_problem(shape: Shape, device: str) -> Problem:
         logps = linear_hdpo_loss(*inputs[:4], None, softcap=head.softcap).logps
     noise = torch.randn(len(shape.lengths), generator=torch.Generator().manual_seed(0)).to(device)
     hidden, weight = inputs.hidden.requires_grad_(), inputs.weight.requires_grad_()
-    return Problem(hidden, weight, inputs.labels, inputs.cu_seqlens, logps + noise, head.softcap)
+    return Problem(hidden, weight, inputs.labels, inputs.cu_seqlens, logps + noise, head.softcap, inputs.labels.cpu())

@@ -1,8 +1,13 @@
 """The README says what the CSV says; what the CSV does not say is absent."""
 
+import pytest
+
 from benchmarks import plots, report
 from benchmarks.contest import OUR_RATIO
-from benchmarks.table import Table
+from benchmarks.contestants import CHUNKED, FUSED
+from benchmarks.shapes import HEADS
+from benchmarks.table import RESULTS, Table, read
+from hdpo_kernels.rows import FUSED_MAX_HIDDEN
 
 
 def example() -> Table:
@@ -55,3 +60,17 @@ def test_draw_makes_the_plots_of_what_was_measured(tmp_path):
     assert plots.draw([row for row in rows if row["question"] == "memory"], tmp_path, "cuda") == [
         tmp_path / "cuda-memory.png"
     ]
+
+
+def test_the_fused_forward_is_used_where_a_row_says_so():
+    """hdpo_kernels.rows.FUSED_MAX_HIDDEN is what the forward rows of a GPU say, once there are any."""
+    times = {
+        (row["shape"].split()[0], row["contestant"]): float(row["value"])
+        for row in read(RESULTS / "cuda.csv")
+        if row["question"] == "forward" and row["metric"] == "time"
+    }
+    heads = [name for name, contestant in times if contestant == FUSED and (name, CHUNKED) in times]
+    if not heads:
+        pytest.skip("no GPU has measured the fused forward")
+    faster = {name: times[name, FUSED] < times[name, CHUNKED] for name in heads}
+    assert faster == {name: HEADS[name].hidden_size <= FUSED_MAX_HIDDEN for name in heads}
