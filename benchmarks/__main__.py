@@ -38,6 +38,7 @@ def run(
         if begin + fastest.get(question, 0) > deadline:
             left_out.append(f"{question} of {shape.name}")
             continue
+        print(f"… {question} of {shape.name}", file=sys.stderr, flush=True)  # what is written takes a minute or more
         start_afresh()
         _, status = attempt(partial(QUESTIONS[question].measure, table, shape, contestants, rounds))
         if status:

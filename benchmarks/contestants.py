@@ -33,9 +33,12 @@ class Contestant(NamedTuple):
     has_softcap: bool = True
     has_reference: bool = True  # False: it computes the loss with reference log-probs of zero
     has_backward: bool = True
+    missing: str = ""  # why it cannot run on this machine
 
     def obstacle(self, problem: Problem) -> str:
         """Why it cannot run on this problem, or nothing."""
+        if self.missing:
+            return self.missing
         if self.package and not installed(self.package):
             return "not installed"
         if self.needs_cuda and problem.hidden.device.type != "cuda":
@@ -160,7 +163,14 @@ CONTESTANTS = (
         package="cut-cross-entropy",
         needs_cuda=True,
     ),
-    Contestant("torch", "`F.linear_cross_entropy`, chunked", torch_logp, package="torch", has_softcap=False),
+    Contestant(
+        "torch",
+        "`F.linear_cross_entropy`, chunked",
+        torch_logp,
+        package="torch",
+        has_softcap=False,
+        missing="" if hasattr(F, "linear_cross_entropy") else "needs torch 2.13",
+    ),
 )
 
 

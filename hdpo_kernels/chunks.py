@@ -8,6 +8,10 @@ cut into pieces. No piece has more than `max_rows` rows, so memory is bounded at
 from collections.abc import Sequence
 from typing import NamedTuple
 
+# Rows of logits that fill a GEMM: three times the height of its tiles, and twice the operations a byte of weight that
+# keep the matrix units of an H200 busy (NOTES.md of the benchmarks).
+_TILE_ROWS = 384
+
 
 class Piece(NamedTuple):
     start: int  # rows start … end
@@ -56,11 +60,12 @@ def rows_for(chunk_bytes: int, vocab: int, logit_bytes: int, grad_bytes: int | N
     """(rows of gradient per piece, rows of logits per tile) whose buffers together fit chunk_bytes.
 
     logit_bytes, grad_bytes: bytes of one number (None: no gradient wanted). With equal sizes the gradient overwrites
-    the logits, one buffer serves both. Otherwise the gradient rows get three quarters of the bytes: every piece costs
-    one pass over d_weight, however few rows it has, while the logits only need rows enough to fill a GEMM.
+    the logits, one buffer serves both. Otherwise the gradient rows get three quarters of the bytes or more: every
+    piece costs one pass over d_weight, however few rows it has, while the logits only need rows enough to fill a GEMM.
     """
     if grad_bytes in (None, logit_bytes):
         rows = max(1, chunk_bytes // (vocab * logit_bytes))
         return rows, rows
-    piece = max(1, chunk_bytes * 3 // 4 // (vocab * grad_bytes))
-    return piece, min(piece, max(1, chunk_bytes // 4 // (vocab * logit_bytes)))
+    tile = max(1, min(_TILE_ROWS, chunk_bytes // 4 // (vocab * logit_bytes)))
+    piece = max(1, (chunk_bytes - tile * vocab * logit_bytes) // (vocab * grad_bytes))
+    return piece, min(piece, tile)

@@ -89,7 +89,12 @@ def test_rows_for_fits_the_budget():
                 assert held <= max(budget, vocab * logit_bytes)
                 assert piece == tile, "one buffer serves both"
             else:  # a row of each is the least
-                assert held <= max(budget * 3 / 4, vocab * grad_bytes) + max(budget / 4, vocab * logit_bytes)
+                assert held <= max(budget, vocab * (logit_bytes + grad_bytes))
             if not shared and budget > 100 * vocab:
                 assert held > 0.9 * budget, "and uses it"
                 assert piece > tile, "mostly for gradient rows"
+
+
+def test_rows_for_gives_gradient_rows_what_a_tile_of_logits_does_not_need():
+    piece, tile = rows_for(960 * 2**20, 128256, 4, 2)
+    assert tile == 384 and piece == 3156, "three pairs of 1,024 rows"
