@@ -36,13 +36,16 @@ def row_stats(
 ) -> RowStats:
     n, vocab = logits.shape
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    lse, logp, entropy = (torch.empty(n, dtype=dtype, device=logits.device) for _ in range(3))
+    top, total, largest, label_z, sum_pz = torch.empty(5, n, dtype=dtype, device=logits.device)
+    # A label outside the vocabulary must not index: its log-probability is NaN, and so is the loss.
+    scored, valid = labels != IGNORE_INDEX, (labels >= 0) & (labels < vocab)
+    y, all_scored = labels.masked_fill(~valid, 0).unsqueeze(1), bool(scored.all())
     block = n if logits.device.type != "cpu" else max(1, _BLOCK_BYTES // max(1, vocab * dtype.itemsize))
     scratch = torch.empty(min(block, n), vocab, dtype=dtype, device=logits.device)
     for start in range(0, n, max(block, 1)):
         rows = slice(start, min(start + block, n))
         z = logits[rows].to(dtype, copy=not overwrite)
-        p, y = scratch[: rows.stop - start], labels[rows]
+        p = scratch[: rows.stop - start]
         if bias is not None:
             z.add_(bias)
         if logit_scale != 1.0:
@@ -52,39 +55,35 @@ def row_stats(
             z.div_(softcap).tanh_()
             tanh = z.clone() if grad_out is not None else None
             z.mul_(softcap)
-        # A label outside the vocabulary must not index: its log-probability is NaN, and so is the loss.
-        scored, valid = y != IGNORE_INDEX, (y >= 0) & (y < vocab)
-        y = y.masked_fill(~valid, 0).unsqueeze(1)
 
-        top = z.amax(1, keepdim=True)
-        z.sub_(top)
+        torch.amax(z, 1, out=top[rows])
+        z.sub_(top[rows].unsqueeze(1))
+        label_z[rows] = z.gather(1, y[rows]).squeeze(1)
         torch.softmax(z, 1, out=p)
         # torch's softmax adds up a row plainly, which at V = 32,000 is off by up to 3e-5; `sum` is pairwise. Divided by
         # their own sum, the probabilities have all their digits again, and the largest is 1 / Σ e^z.
-        total = p.sum(1)
-        log_total = (total / p.amax(1)).log_()
-        label_logp = z.gather(1, y).squeeze(1) - log_total
-        mean_z = z.mul_(p).sum(1) / total
-        if not mean_z.isfinite().all():  # 0 · −inf from a vocabulary entry switched off by a bias of −inf
-            mean_z = z.masked_fill_(p == 0, 0).sum(1) / total
-        lse[rows] = log_total + top.squeeze(1)
-        logp[rows] = label_logp.masked_fill_(~valid, torch.nan).masked_fill_(~scored, 0)
-        entropy[rows] = torch.where(scored, log_total - mean_z, 0)
+        torch.sum(p, 1, out=total[rows])
+        torch.amax(p, 1, out=largest[rows])
+        torch.sum(z.mul_(p), 1, out=sum_pz[rows])
+        if not sum_pz[rows].isfinite().all():  # 0 · −inf from a vocabulary entry switched off by a bias of −inf
+            torch.sum(z.masked_fill_(p == 0, 0), 1, out=sum_pz[rows])
         if grad_out is None:
             continue
 
         torch.threshold_(p, _FLUSH_BELOW, 0.0)
-        grad = torch.mul(p, -1 / total.unsqueeze(1), out=z)
-        grad.scatter_add_(1, y, valid.unsqueeze(1).to(dtype))
+        grad = torch.mul(p, -1 / total[rows].unsqueeze(1), out=z)
+        grad.scatter_add_(1, y[rows], valid[rows].unsqueeze(1).to(dtype))
         if tanh is not None:
             grad.addcmul_(grad * tanh, tanh, value=-1)  # · (1 − tanh²), the softcap's derivative
         if logit_scale != 1.0:
             grad.mul_(logit_scale)
-        if not scored.all():
-            grad.masked_fill_(~scored.unsqueeze(1), 0)
+        if not all_scored:
+            grad.masked_fill_(~scored[rows].unsqueeze(1), 0)
         if grad.data_ptr() != grad_out[rows].data_ptr():
             grad_out[rows] = grad
-    return RowStats(lse, logp, entropy)
+    log_total = (total / largest).log_()
+    logp = (label_z - log_total).masked_fill_(~valid, torch.nan).masked_fill_(~scored, 0)
+    return RowStats(top + log_total, logp, torch.where(scored, log_total - sum_pz / total, 0))
 
 
 def sequence_sum(values: Tensor, cu_seqlens: list[int]) -> Tensor:

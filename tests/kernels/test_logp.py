@@ -148,7 +148,7 @@ def test_linear_logp_holds_no_more_logits_than_chunk_bytes():
     rows = 10
     with Operations() as operations:
         run_logp(linear_logp, inputs, torch.ones(600), chunk_bytes=rows * 997 * 4)
-    assert operations.largest <= 1.5 * rows * 997 * 4 < 600 * 997 * 4 / 10  # 15 rows of bf16, upcast for the GEMM
+    assert operations.largest <= 1.6 * rows * 997 * 4 < 600 * 997 * 4 / 10  # 16 rows of bf16, upcast for the GEMM
 
 
 def test_linear_logp_refuses_a_gradient_through_entropy():
