@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from hdpo_kernels.naive import IGNORE_INDEX
+from hdpo_kernels.sampled.entries import most_entries
 
 
-def check_head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, gradient: str) -> None:
-    if gradient != "exact":
-        raise ValueError(f"gradient must be 'exact', got {gradient!r}")
+def check_head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             "hidden must be (N, H) and weight (V, H) with the same H, "
@@ -34,6 +33,21 @@ def check_head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | No
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     check_labels(labels, hidden.shape[0], hidden.device)
+
+
+def check_gradient(gradient: str, epsilon: float, vocab: int) -> None:
+    if gradient not in ("exact", "sampled"):
+        raise ValueError(f"gradient must be 'exact' or 'sampled', got {gradient!r}")
+    if gradient == "exact":
+        return
+    if not 0 < epsilon <= 0.5:
+        raise ValueError(f"epsilon must be in (0, 0.5], got {epsilon}")
+    if most_entries(epsilon) > vocab:
+        smallest = f", or take epsilon >= {1 / (vocab - 2):.3g}" if vocab >= 4 else ""
+        raise ValueError(
+            f"epsilon={epsilon:g} may keep 1/epsilon + 2 = {most_entries(epsilon)} entries of a row that has {vocab}: "
+            f"gradient='exact' is cheaper then{smallest}"
+        )
 
 
 def check_labels(labels: Tensor, num_rows: int, device: torch.device) -> None:

@@ -21,6 +21,7 @@ from hdpo_kernels.gemm import addmm_into, mm_into
 from hdpo_kernels.naive import IGNORE_INDEX
 from hdpo_kernels.rows import backend, fused_forward
 from hdpo_kernels.rows.torch import RowStats
+from hdpo_kernels.sampled.entries import Sampling
 
 
 @dataclass(frozen=True)
@@ -86,15 +87,16 @@ class LMHead:
         options: HeadOptions,
         dtype: torch.dtype,
         with_grad: bool,
+        sampling: Sampling | None = None,
     ) -> None:
         self.hidden, self.weight, self.labels = hidden.to(dtype), weight.to(dtype), labels
         self.bias = None if bias is None else bias.to(dtype).contiguous()
-        self.options, self.with_grad = options, with_grad
+        self.options, self.with_grad, self.sampling = options, with_grad, sampling
         num_rows, vocab = hidden.shape[0], weight.shape[0]
         self.dtype = full_precision(dtype)
         self.logp = torch.zeros(num_rows, dtype=self.dtype, device=hidden.device)
         self.entropy = torch.zeros_like(self.logp)
-        self._fused = None if with_grad else fused_forward(self.hidden, self.weight)
+        self._fused = None if with_grad or sampling else fused_forward(self.hidden, self.weight)
         self.piece_rows, self.tile_rows = rows_for(
             options.chunk_bytes or _default_chunk_bytes(hidden.device, vocab),
             vocab,
@@ -114,7 +116,9 @@ class LMHead:
             yield start, min(start + self.piece_rows, self.hidden.shape[0])
 
     def score(self, start: int, end: int) -> Tensor:
-        """Fill logp and entropy of rows start … end; return their gradient rows, valid until the next call."""
+        """Fill logp, entropy (and the sampling's entries) of rows start … end; return their gradient rows, if wanted,
+        valid until the next call.
+        """
         for first in range(start, end, self.tile_rows):
             rows = slice(first, min(first + self.tile_rows, end))
             stats = self._stats(rows, self._grad[first - start : rows.stop - start] if self.with_grad else None)
@@ -128,7 +132,8 @@ class LMHead:
             return self._fused(hidden, self.weight, labels, **head)
         logits = self._logits[: len(hidden)]
         mm_into(logits, hidden, self.weight.T)
-        return backend(logits).row_stats(logits, labels, grad_out=grad_out, **head)
+        sampling = None if self.sampling is None else self.sampling.rows(rows)
+        return backend(logits).row_stats(logits, labels, grad_out=grad_out, sampling=sampling, **head)
 
     def thin(self, start: int, end: int, scale: Tensor) -> Tensor:
         """scale_t h_t for rows start … end, rows that are not scored zero whatever they hold: 0 · NaN is NaN."""

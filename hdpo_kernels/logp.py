@@ -1,4 +1,7 @@
-"""Differentiable log-probabilities per token, for losses written outside: 1 GEMM forward, 3 backward, no logits."""
+"""Differentiable log-probabilities per token, for losses written outside, without logits.
+
+Exact gradient: 1 GEMM forward, 3 backward. Sampled gradient: 1 GEMM forward, two sparse products backward.
+"""
 
 from dataclasses import astuple
 
@@ -6,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hdpo_kernels.checks import check_head
+from hdpo_kernels.checks import check_gradient, check_head
 from hdpo_kernels.lm_head import HeadOptions, LMHead, ScoredRows, WeightGrad, full_precision, times
 from hdpo_kernels.naive import TokenLogp
 from hdpo_kernels.ops import operator
+from hdpo_kernels.sampled import products
+from hdpo_kernels.sampled.entries import Entries, Sampling, draw, empty_entries
 
 
 def linear_logp(
@@ -21,6 +26,7 @@ def linear_logp(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     gradient: str = "exact",
+    epsilon: float = 2**-10,
     chunk_bytes: int | None = None,
 ) -> TokenLogp:
     """log softmax(softcap · tanh(logit_scale · (h Wᵀ + b) / softcap)) at the label, and its entropy, per row.
@@ -28,18 +34,25 @@ def linear_logp(
     hidden (N, H) and weight (V, H) of one dtype (fp32, bf16, fp16 or fp64; under autocast both are cast to its dtype),
     labels (N,) int64 on hidden's device or the CPU, -100 = not scored, bias (V,). Labels on the CPU are checked against
     the vocabulary, and rows not scored skip the head; elsewhere a label outside the vocabulary gives NaN.
+    gradient: "exact" recomputes logits in backward (4 GEMMs in all). "sampled" rounds each row of ∂logp/∂logits, without
+    bias, to at most 1/epsilon + 2 entries (README.md beside this file): 1 GEMM in all, and 8 · (1/epsilon + 2) bytes a
+    row kept for backward. Its random numbers come from torch's generator, so `torch.manual_seed` reproduces them.
+    epsilon: in (0, 0.5]; probabilities from it on are exact; smaller is less noise and more entries.
     chunk_bytes: most bytes of logits and their gradient held at a time (on a CPU kept for the thread's next call).
 
     Returns TokenLogp(logp (N,), entropy (N,)), nats, fp32 (fp64 for fp64), zero where not scored. `logp` is
-    differentiable in hidden, weight and bias; logits are recomputed in backward (4 GEMMs in all). `entropy` is not:
-    a gradient into it raises NotImplementedError (detach it, or use naive.linear_logp).
+    differentiable in hidden, weight and bias. `entropy` is not: a gradient into it raises NotImplementedError (detach
+    it, or use naive.linear_logp).
 
     Raises ValueError / TypeError for shapes, dtypes, devices or options that do not fit.
     """
     options = HeadOptions(softcap, logit_scale, chunk_bytes)
-    check_head(hidden, weight, labels, bias, gradient)
+    check_head(hidden, weight, labels, bias)
+    check_gradient(gradient, epsilon, weight.shape[0])
     dtype, needs = compute_dtype(hidden), needs_grad(hidden, weight, bias)
-    return TokenLogp(*LinearLogp.apply(hidden, weight, bias, labels, *astuple(options), dtype, needs))
+    # Drawn out here, where torch.compile and checkpointing see to it that a second forward draws the same.
+    draws = draw(hidden.shape[0], hidden.device) if gradient == "sampled" and any(needs) else None
+    return TokenLogp(*LinearLogp.apply(hidden, weight, bias, labels, draws, epsilon, *astuple(options), dtype, needs))
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -53,9 +66,10 @@ def needs_grad(*tensors: Tensor | None) -> list[bool]:
     return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
 
 
-def _fake_linear_logp(hidden, weight, bias, labels, *options):
-    dtype = full_precision(options[-1])
-    return hidden.new_empty(hidden.shape[0], dtype=dtype), hidden.new_empty(hidden.shape[0], dtype=dtype)
+def _fake_linear_logp(hidden, weight, bias, labels, draws, epsilon, *options):
+    num_rows, dtype = hidden.shape[0], full_precision(options[-1])
+    stats = hidden.new_empty(num_rows, dtype=dtype), hidden.new_empty(num_rows, dtype=dtype)
+    return *stats, [] if draws is None else list(empty_entries(num_rows, epsilon, dtype, hidden.device))
 
 
 @operator(_fake_linear_logp)
@@ -64,22 +78,28 @@ def _linear_logp(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
+    draws: Tensor | None,
+    epsilon: float,
     softcap: float | None,
     logit_scale: float,
     chunk_bytes: int | None,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """logp (N,), entropy (N,)"""
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """logp (N,), entropy (N,), and with draws the `Entries` of the rows that go through the head, first of all rows."""
     options = HeadOptions(softcap, logit_scale, chunk_bytes)
     rows = ScoredRows(labels, weight.shape[0], hidden.device)
+    sampling = None
+    if draws is not None:
+        entries = empty_entries(hidden.shape[0], epsilon, full_precision(dtype), hidden.device)
+        sampling = Sampling(epsilon, rows.select(draws), entries)
     with torch.autocast(hidden.device.type, enabled=False):
-        head = LMHead(rows.select(hidden), weight, bias, rows.labels, options, dtype, with_grad=False)
+        head = LMHead(rows.select(hidden), weight, bias, rows.labels, options, dtype, False, sampling)
         for start, end in head.pieces():
             head.score(start, end)
-    return rows.spread(head.logp), rows.spread(head.entropy)
+    return rows.spread(head.logp), rows.spread(head.entropy), [] if sampling is None else list(sampling.entries)
 
 
-def _fake_linear_logp_backward(d_logp, hidden, weight, bias, labels, *options):
+def _fake_linear_logp_backward(d_logp, hidden, weight, bias, labels, entries, *options):
     return [t.new_empty(t.shape) for t, need in zip((hidden, weight, bias), options[-1], strict=True) if need]
 
 
@@ -90,42 +110,80 @@ def _linear_logp_backward(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
+    entries: list[Tensor],
     softcap: float | None,
     logit_scale: float,
     chunk_bytes: int | None,
     dtype: torch.dtype,
     needs: list[bool],
 ) -> list[Tensor]:
-    """Those of d_hidden (N, H), d_weight (V, H), d_bias (V,) that `needs` names."""
-    options = HeadOptions(softcap, logit_scale, chunk_bytes)
+    """Those of d_hidden (N, H), d_weight (V, H), d_bias (V,) that `needs` names; by the entries, if there are any."""
     rows = ScoredRows(labels, weight.shape[0], hidden.device)
-    d_logp = rows.select(d_logp)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if entries:
+            return _sparse_backward(rows, rows.select(d_logp), hidden, weight, bias, Entries(*entries), needs)
+        options = HeadOptions(softcap, logit_scale, chunk_bytes)
+        head = LMHead(rows.select(hidden), weight, bias, rows.labels, options, dtype, with_grad=True)
+        return _recomputing_backward(rows, rows.select(d_logp), hidden, weight, bias, head, needs)
+
+
+def _sparse_backward(
+    rows: ScoredRows,
+    d_logp: Tensor,  # (scored,)
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    entries: Entries,
+    needs: list[bool],
+) -> list[Tensor]:
+    entries = entries.rows(slice(0, len(d_logp)))
+    sparse = products(entries.values)
+    results = []
+    if needs[0]:
+        results.append(rows.spread(sparse.gather(entries, weight, d_logp, hidden.dtype)))
+    if any(needs[1:]):
+        vocab = weight.shape[0]
+        grads = sparse.gather_transposed(entries, rows.select(hidden), d_logp, vocab, weight.dtype, *needs[1:])
+        for grad, tensor in zip(grads, (weight, bias), strict=True):
+            if grad is not None and tensor is not None:
+                results.append(grad.to(tensor.dtype))
+    return results
+
+
+def _recomputing_backward(
+    rows: ScoredRows,
+    d_logp: Tensor,  # (scored,)
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    head: LMHead,
+    needs: list[bool],
+) -> list[Tensor]:
     # What the loss scales rows by can be of any size; relative to the largest it cannot overflow fp16.
     largest = d_logp.abs().amax().clamp(min=torch.finfo(d_logp.dtype).tiny) if d_logp.numel() else d_logp.new_ones(())
     relative = d_logp / largest
-    with torch.autocast(hidden.device.type, enabled=False):
-        head = LMHead(rows.select(hidden), weight, bias, rows.labels, options, dtype, with_grad=True)
-        d_hidden = torch.empty_like(head.hidden, memory_format=torch.contiguous_format) if needs[0] else None
-        d_weight = WeightGrad(head, *needs[1:])
-        for start, end in head.pieces():
-            grad = head.score(start, end)
-            if d_hidden is not None:
-                torch.mm(grad, head.weight, out=d_hidden[start:end])
-            d_weight.add(head, grad, start, end, relative[start:end])
-        results = [] if d_hidden is None else [rows.spread(d_hidden.to(hidden.dtype).mul_(d_logp.unsqueeze(1)))]
-        for acc, tensor in zip(d_weight.total(), (weight, bias), strict=True):
-            if acc is not None and tensor is not None:
-                results.append(times(acc, largest, tensor.dtype))
+    d_hidden = torch.empty_like(head.hidden, memory_format=torch.contiguous_format) if needs[0] else None
+    d_weight = WeightGrad(head, *needs[1:])
+    for start, end in head.pieces():
+        grad = head.score(start, end)
+        if d_hidden is not None:
+            torch.mm(grad, head.weight, out=d_hidden[start:end])
+        d_weight.add(head, grad, start, end, relative[start:end])
+    results = [] if d_hidden is None else [rows.spread(d_hidden.to(hidden.dtype).mul_(d_logp.unsqueeze(1)))]
+    for acc, tensor in zip(d_weight.total(), (weight, bias), strict=True):
+        if acc is not None and tensor is not None:
+            results.append(times(acc, largest, tensor.dtype))
     return results
 
 
 class LinearLogp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, *options):
+    def forward(ctx, hidden, weight, bias, labels, draws, epsilon, *options):
         *ctx.options, ctx.needs = options
-        ctx.save_for_backward(hidden, weight, bias, labels)
+        logp, entropy, entries = _linear_logp(hidden, weight, bias, labels, draws, epsilon, *ctx.options)
+        ctx.save_for_backward(hidden, weight, bias, labels, *entries)
         ctx.set_materialize_grads(False)
-        return _linear_logp(hidden, weight, bias, labels, *ctx.options)
+        return logp, entropy
 
     @staticmethod
     @once_differentiable
@@ -138,7 +196,9 @@ class LinearLogp(torch.autograd.Function):
             # A compiled graph passes zeros where nothing flows; what does flow must not be lost silently.
             d_entropy = torch.where(d_entropy == 0, 0.0, torch.nan)
             d_logp = d_entropy if d_logp is None else d_logp + d_entropy
+        none = (None,) * (4 + len(ctx.options))  # labels, draws, epsilon, options, needs
         if d_logp is None:
-            return (None,) * (5 + len(ctx.options))
-        grads = iter(_linear_logp_backward(d_logp, *ctx.saved_tensors, *ctx.options, ctx.needs))
-        return *(next(grads) if need else None for need in ctx.needs), *(None,) * (2 + len(ctx.options))
+            return None, None, None, *none
+        hidden, weight, bias, labels, *entries = ctx.saved_tensors
+        grads = iter(_linear_logp_backward(d_logp, hidden, weight, bias, labels, entries, *ctx.options, ctx.needs))
+        return *(next(grads) if need else None for need in ctx.needs), *none

@@ -7,7 +7,7 @@ N scored rows, V vocabulary, H hidden size, S = 2P sequences interleaved chosen,
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import asdict, astuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from hdpo_kernels import pair
 from hdpo_kernels.checks import (
     as_boundaries,
     boundaries,
+    check_gradient,
     check_head,
     check_label_values,
     check_labels,
@@ -24,12 +25,12 @@ from hdpo_kernels.checks import (
 )
 from hdpo_kernels.chunks import plan_chunks
 from hdpo_kernels.lm_head import HeadOptions, LMHead, ScoredRows, WeightGrad, full_precision, times
-from hdpo_kernels.logp import compute_dtype, needs_grad
-from hdpo_kernels.naive import IGNORE_INDEX, HDPOLoss
+from hdpo_kernels.logp import compute_dtype, linear_logp, needs_grad
+from hdpo_kernels.naive import IGNORE_INDEX, HDPOLoss, TokenLogp
 from hdpo_kernels.ops import operator
 from hdpo_kernels.pair import PairOptions
 from hdpo_kernels.rows import backend
-from hdpo_kernels.sequence import sequence_of_row
+from hdpo_kernels.sequence import sequence_of_row, sequence_sum
 
 
 def linear_hdpo_loss(
@@ -48,6 +49,7 @@ def linear_hdpo_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     gradient: str = "exact",
+    epsilon: float = 2**-10,
     chunk_bytes: int | None = None,
 ) -> HDPOLoss:
     """Entropy-controllable DPO (H-DPO, arXiv 2411.07595) from hidden states, without ever holding (N, V) logits.
@@ -61,23 +63,40 @@ def linear_hdpo_loss(
     the sequences, chosen and rejected in turn, a list or a CPU tensor (a tensor on another device costs one sync);
     ref_logps (S,) log-probabilities of the reference policy, nats, or None (zeros).
     alpha < 1 sharpens, 1 is DPO, > 1 diversifies. beta, loss_type, label_smoothing, nll_weight: see `pair_loss`.
+    gradient: "exact", 3 GEMMs and the gradients' memory; or "sampled", 1 GEMM: rows of ∂loss/∂logits are rounded, without
+    bias, to at most 1/epsilon + 2 entries, see `linear_logp`. epsilon in (0, 0.5]: smaller is less noise, more entries.
     bias (V,). chunk_bytes: most bytes of logits and their gradient held at a time (on a CPU kept for the thread's next
     call). Under torch.compile pass cu_seqlens as a CPU tensor: a list is compiled into the graph.
 
     Returns HDPOLoss(loss, logps, entropy, chosen_rewards, rejected_rewards, margins); only `loss` carries a gradient.
-    Gradients are formed in forward where they are needed and consumed by the first backward. A NaN or inf in the input
+    Exact gradients are formed in forward where they are needed and consumed by the first backward. A NaN or inf in the input
     comes out as a NaN loss; a sequence without scored rows, or no pair at all, counts as zero.
 
     Raises ValueError / TypeError for shapes, dtypes, devices, boundaries, labels or options that do not fit.
     """
     head_options = HeadOptions(softcap, logit_scale, chunk_bytes)
     pair_options = PairOptions(alpha, beta, loss_type, label_smoothing, nll_weight)
-    check_head(hidden, weight, labels, bias, gradient)
+    check_head(hidden, weight, labels, bias)
+    check_gradient(gradient, epsilon, weight.shape[0])
     cu_seqlens = as_boundaries(cu_seqlens, pairs=True)
     check_ref_logps(ref_logps, cu_seqlens.shape[0] - 1, hidden.device)
+    if gradient == "sampled":
+        head = {**asdict(head_options), "bias": bias, "gradient": gradient, "epsilon": epsilon}
+        return _token_by_token(linear_logp(hidden, weight, labels, **head), labels, cu_seqlens, ref_logps, pair_options)
     inputs = (hidden, weight, bias, labels, ref_logps, cu_seqlens)
     options = (*astuple(head_options), *astuple(pair_options))
     return _unpack(LinearHDPOLoss.apply(*inputs, *options, compute_dtype(hidden), needs_grad(hidden, weight, bias)))
+
+
+def _token_by_token(
+    token: TokenLogp, labels: Tensor, cu_seqlens: Tensor, ref_logps: Tensor | None, options: PairOptions
+) -> HDPOLoss:
+    """The diagram as it stands, differentiated by autograd: c reaches `linear_logp` as the gradient of logp."""
+    dtype, device = token.logp.dtype, token.logp.device
+    lengths = sequence_sum((labels != IGNORE_INDEX).to(device, dtype, non_blocking=True), cu_seqlens)
+    ref_logps = None if ref_logps is None else ref_logps.to(dtype)
+    result = pair.evaluate(sequence_sum(token.logp, cu_seqlens), ref_logps, lengths, options)
+    return result._replace(entropy=sequence_sum(token.entropy.detach(), cu_seqlens) / lengths.clamp(min=1))
 
 
 def _fake_linear_hdpo_loss(hidden, weight, bias, labels, ref_logps, cu_seqlens, *options):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hdpo_kernels.naive import IGNORE_INDEX
+from hdpo_kernels.sampled.entries import DRAWS, Sampling
 
 _BLOCK_BYTES = 2 * 2**20  # of logits; as much again is scratch: together the L2 cache of two current CPU cores
 # Probabilities below 2⁻⁸⁰ become zero in the gradient: a denormal number in a GEMM operand, or a denormal product,
@@ -32,6 +33,7 @@ def row_stats(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     grad_out: Tensor | None = None,  # (n, V) any dtype, may be logits: receives ∂logp/∂logits, zero rows at label -100
+    sampling: Sampling | None = None,  # its entries receive the same, rounded; none at label -100
     overwrite: bool = True,  # the logits may be used as scratch
 ) -> RowStats:
     n, vocab = logits.shape
@@ -53,7 +55,7 @@ def row_stats(
         tanh = None
         if softcap is not None:
             z.div_(softcap).tanh_()
-            tanh = z.clone() if grad_out is not None else None
+            tanh = z.clone() if grad_out is not None or sampling is not None else None
             z.mul_(softcap)
 
         torch.amax(z, 1, out=top[rows])
@@ -67,6 +69,9 @@ def row_stats(
         torch.sum(z.mul_(p), 1, out=sum_pz[rows])
         if not sum_pz[rows].isfinite().all():  # 0 · −inf from a vocabulary entry switched off by a bias of −inf
             torch.sum(z.masked_fill_(p == 0, 0), 1, out=sum_pz[rows])
+        if sampling is not None:
+            p.div_(total[rows].unsqueeze(1))
+            _sample(p, y[rows], valid[rows], scored[rows], tanh, logit_scale, sampling.rows(rows))
         if grad_out is None:
             continue
 
@@ -84,6 +89,44 @@ def row_stats(
     log_total = (total / largest).log_()
     logp = (label_z - log_total).masked_fill_(~valid, torch.nan).masked_fill_(~scored, 0)
     return RowStats(top + log_total, logp, torch.where(scored, log_total - sum_pz / total, 0))
+
+
+def _sample(
+    p: Tensor,  # (n, V) probabilities
+    y: Tensor,  # (n, 1) labels, any number inside the vocabulary where they are not valid
+    valid: Tensor,  # (n,)
+    scored: Tensor,  # (n,)
+    tanh: Tensor | None,  # (n, V) of the softcap
+    logit_scale: float,
+    sampling: Sampling,
+) -> None:
+    """Rows of ∂logp/∂logits, rounded to entries: the label and p ≥ ε exactly, of the others some as ε.
+
+    A running sum of the others in units of ε starts at the row's random number; where it passes an integer, that entry
+    is taken. Of the sum only the fraction is kept, in fixed point: exact, so no probability is lost or taken twice.
+    """
+    epsilon, draws, entries = sampling
+    kept = p < epsilon
+    kept.logical_not_()  # a NaN is kept
+    kept.scatter_(1, y, kept.gather(1, y) | valid.unsqueeze(1))
+    # the largest fp32 below 1: for an ε that is no power of two, p / ε may round up to it
+    steps = (p * (1 / epsilon)).clamp_(max=1 - 2.0**-24).mul_(DRAWS).masked_fill_(kept, 0).long()
+    sums = steps.cumsum(1).add_(draws.unsqueeze(1)).bitwise_and_(DRAWS - 1)
+    taken = (sums < steps).logical_or_(kept).logical_and_(scored.unsqueeze(1))
+
+    counts = taken.sum(1)
+    row, column = taken.nonzero().unbind(1)
+    index = torch.arange(len(row), device=p.device) - (counts.cumsum(0) - counts)[row]
+    if (counts > entries.columns.shape[1]).any():  # NaN rows alone are kept whole
+        fits = index < entries.columns.shape[1]
+        row, column, index = row[fits], column[fits], index[fits]
+    value = torch.where(kept[row, column], p[row, column], epsilon).neg_()
+    value += (column == y.squeeze(1)[row]) & valid[row]
+    if tanh is not None:
+        value *= 1 - tanh[row, column].square()
+    entries.columns[row, index] = column.int()
+    entries.values[row, index] = value.mul_(logit_scale)
+    entries.counts.copy_(counts.clamp_(max=entries.columns.shape[1]))
 
 
 def sequence_sum(values: Tensor, cu_seqlens: list[int]) -> Tensor:

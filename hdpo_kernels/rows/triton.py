@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hdpo_kernels.naive import IGNORE_INDEX
 from hdpo_kernels.rows.torch import RowStats
+from hdpo_kernels.sampled.entries import Sampling
 
 _IGNORE_INDEX = tl.constexpr(IGNORE_INDEX)
 # Tiles by plain constants: memory-bound kernels, 8 fp32 numbers a thread (16 warps). With 16 numbers a thread some
@@ -109,6 +110,50 @@ def _row_grad_kernel(
 
 
 @triton.jit
+def _row_sample_kernel(
+    logits_ptr, logits_stride, labels_ptr, bias_ptr, max_ptr, log_total_ptr, draws_ptr, columns_ptr, values_ptr,
+    counts_ptr, V, capacity, epsilon, softcap, logit_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One row of ∂logp/∂logits, rounded to entries: the label and p ≥ ε exactly, of the others some as ε.
+
+    A running sum of the others in units of ε starts at the row's random number; where it passes an integer, that entry
+    is taken. Of the sum only the fraction is kept, as 32 bits that wrap around: exact whatever the order of additions.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + row)
+    m = tl.load(max_ptr + row)
+    log_total = tl.load(log_total_ptr + row)
+    fraction = tl.load(draws_ptr + row).to(tl.uint32)
+    count = 0
+    logits_ptr += row * logits_stride
+    columns_ptr += row * capacity
+    values_ptr += row * capacity
+    if label != _IGNORE_INDEX:
+        for start in range(0, V, BLOCK_V):
+            offs_v = start + tl.arange(0, BLOCK_V)
+            mask_v = offs_v < V
+            z = tl.load(logits_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
+            z, chain = _head_transform(z, bias_ptr, offs_v, mask_v, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
+            p = tl.exp((z - m) - log_total)
+            is_label = offs_v == label
+            small = (p < epsilon) & (offs_v != label)  # a NaN is not: it is kept
+            # the largest fp32 below 1: for an ε that is no power of two, p / ε may round up to it
+            step = tl.minimum(p * (1.0 / epsilon), 1.0 - 1.0 / 16777216.0) * 4294967296.0
+            step = tl.where(small & mask_v, step, 0.0).to(tl.uint32)
+            sums = fraction + tl.cumsum(step, 0)
+            taken = ((sums < step) | (small == 0)) & mask_v
+            index = count + tl.cumsum(taken.to(tl.int32), 0) - 1
+            value = (tl.where(is_label, 1.0, 0.0) - tl.where(small, epsilon, p)) * chain
+            store = taken & (index < capacity)  # NaN rows alone are kept whole
+            tl.store(columns_ptr + index, offs_v, mask=store)
+            tl.store(values_ptr + index, value, mask=store)
+            fraction += tl.sum(step, 0).to(tl.uint32)
+            count += tl.sum(taken.to(tl.int32), 0)
+    tl.store(counts_ptr + row, tl.minimum(count, capacity))
+
+
+@triton.jit
 def _sequence_sum_kernel(values_ptr, cu_seqlens_ptr, sums_ptr, BLOCK_N: tl.constexpr):
     """One program a sequence; sums per lane first, so that 64k tokens do not lose digits."""
     sequence = tl.program_id(0)
@@ -129,6 +174,7 @@ def row_stats(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     grad_out: Tensor | None = None,  # (n, V) any dtype, may be logits: receives ∂logp/∂logits, zero rows at label -100
+    sampling: Sampling | None = None,  # its entries receive the same, rounded; none at label -100
     overwrite: bool = True,  # the logits may be used as scratch
 ) -> RowStats:
     n, vocab = logits.shape
@@ -142,6 +188,12 @@ def row_stats(
     _row_stats_kernel[(n,)](
         logits, logits.stride(0), labels, bias_or_dummy, top, log_total, logp, entropy, *scalars, **head
     )
+    if sampling is not None:
+        epsilon, draws, entries = sampling
+        _row_sample_kernel[(n,)](
+            logits, logits.stride(0), labels, bias_or_dummy, top, log_total, draws, *entries, vocab,
+            entries.columns.shape[1], epsilon, *scalars[1:], **head,
+        )  # fmt: skip
     if grad_out is not None:
         _row_grad_kernel[(n, triton.cdiv(vocab, block_v))](
             logits, logits.stride(0), grad_out, grad_out.stride(0), labels, bias_or_dummy, top, log_total, *scalars,

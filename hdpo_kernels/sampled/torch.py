@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hdpo_kernels.sampled import Entries
+from hdpo_kernels.sampled.entries import Entries
 
 _UPCAST_COLUMNS = 512  # columns of a low-precision table upcast at a time: 64 MiB for V = 32,000
 
