@@ -45,6 +45,8 @@ def gather_transposed(
 
 def _bags(indices: Tensor, starts: Tensor, values: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
     """(bags, columns of table): Σ values · table[indices] over each bag, rounded once to dtype."""
+    if table.dtype == values.dtype:
+        return F.embedding_bag(indices, table, starts, mode="sum", per_sample_weights=values).to(dtype)
     out = table.new_empty(len(starts), table.shape[1], dtype=dtype)
     for part, result in zip(table.split(_UPCAST_COLUMNS, 1), out.split(_UPCAST_COLUMNS, 1), strict=True):
         result.copy_(F.embedding_bag(indices, part.to(values.dtype), starts, mode="sum", per_sample_weights=values))
