@@ -14,7 +14,7 @@ from hdpo_kernels.lm_head import HeadOptions, LMHead, ScoredRows, WeightGrad, fu
 from hdpo_kernels.naive import TokenLogp
 from hdpo_kernels.ops import operator
 from hdpo_kernels.sampled import products
-from hdpo_kernels.sampled.entries import Entries, Sampling, draw, empty_entries
+from hdpo_kernels.sampled.entries import Entries, Sampling, draw, new_entries
 
 
 def linear_logp(
@@ -34,9 +34,9 @@ def linear_logp(
     hidden (N, H) and weight (V, H) of one dtype (fp32, bf16, fp16 or fp64; under autocast both are cast to its dtype),
     labels (N,) int64 on hidden's device or the CPU, -100 = not scored, bias (V,). Labels on the CPU are checked against
     the vocabulary, and rows not scored skip the head; elsewhere a label outside the vocabulary gives NaN.
-    gradient: "exact" recomputes logits in backward (4 GEMMs in all). "sampled" rounds each row of ∂logp/∂logits, without
-    bias, to at most 1/epsilon + 2 entries (README.md beside this file): 1 GEMM in all, and 8 · (1/epsilon + 2) bytes a
-    row kept for backward. Its random numbers come from torch's generator, so `torch.manual_seed` reproduces them.
+    gradient: "exact" recomputes logits in backward (4 GEMMs in all). "sampled" rounds each row of ∂logp/∂logits,
+    without bias, to at most 1/epsilon + 2 entries (README.md beside this file): 1 GEMM in all, and 8 · (1/epsilon + 2)
+    bytes a row kept for backward. Random numbers come from torch's generator: `torch.manual_seed` reproduces them.
     epsilon: in (0, 0.5]; probabilities from it on are exact; smaller is less noise and more entries.
     chunk_bytes: most bytes of logits and their gradient held at a time (on a CPU kept for the thread's next call).
 
@@ -69,7 +69,7 @@ def needs_grad(*tensors: Tensor | None) -> list[bool]:
 def _fake_linear_logp(hidden, weight, bias, labels, draws, epsilon, *options):
     num_rows, dtype = hidden.shape[0], full_precision(options[-1])
     stats = hidden.new_empty(num_rows, dtype=dtype), hidden.new_empty(num_rows, dtype=dtype)
-    return *stats, [] if draws is None else list(empty_entries(num_rows, epsilon, dtype, hidden.device))
+    return *stats, [] if draws is None else list(new_entries(num_rows, epsilon, dtype, hidden.device))
 
 
 @operator(_fake_linear_logp)
@@ -90,7 +90,7 @@ def _linear_logp(
     rows = ScoredRows(labels, weight.shape[0], hidden.device)
     sampling = None
     if draws is not None:
-        entries = empty_entries(hidden.shape[0], epsilon, full_precision(dtype), hidden.device)
+        entries = new_entries(hidden.shape[0], epsilon, full_precision(dtype), hidden.device)
         sampling = Sampling(epsilon, rows.select(draws), entries)
     with torch.autocast(hidden.device.type, enabled=False):
         head = LMHead(rows.select(hidden), weight, bias, rows.labels, options, dtype, False, sampling)

@@ -63,14 +63,14 @@ def linear_hdpo_loss(
     the sequences, chosen and rejected in turn, a list or a CPU tensor (a tensor on another device costs one sync);
     ref_logps (S,) log-probabilities of the reference policy, nats, or None (zeros).
     alpha < 1 sharpens, 1 is DPO, > 1 diversifies. beta, loss_type, label_smoothing, nll_weight: see `pair_loss`.
-    gradient: "exact", 3 GEMMs and the gradients' memory; or "sampled", 1 GEMM: rows of ∂loss/∂logits are rounded, without
-    bias, to at most 1/epsilon + 2 entries, see `linear_logp`. epsilon in (0, 0.5]: smaller is less noise, more entries.
+    gradient: "exact", 3 GEMMs; or "sampled", 1 GEMM: rows of ∂loss/∂logits are rounded, without bias, to at most
+    1/epsilon + 2 entries, see `linear_logp`. epsilon in (0, 0.5]: smaller is less noise, more entries.
     bias (V,). chunk_bytes: most bytes of logits and their gradient held at a time (on a CPU kept for the thread's next
     call). Under torch.compile pass cu_seqlens as a CPU tensor: a list is compiled into the graph.
 
     Returns HDPOLoss(loss, logps, entropy, chosen_rewards, rejected_rewards, margins); only `loss` carries a gradient.
-    Exact gradients are formed in forward where they are needed and consumed by the first backward. A NaN or inf in the input
-    comes out as a NaN loss; a sequence without scored rows, or no pair at all, counts as zero.
+    Exact gradients are formed in forward where they are needed and consumed by the first backward. A NaN or inf in the
+    input comes out as a NaN loss; a sequence without scored rows, or no pair at all, counts as zero.
 
     Raises ValueError / TypeError for shapes, dtypes, devices, boundaries, labels or options that do not fit.
     """

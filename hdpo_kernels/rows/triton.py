@@ -18,6 +18,9 @@ _IGNORE_INDEX = tl.constexpr(IGNORE_INDEX)
 # targets spilled a register under a softcap.
 BLOCK_V = 4096
 NUM_WARPS = 16
+# Running sums need 90 to 120 registers a thread whatever the tile: narrow programs, so that five fit a multiprocessor.
+SAMPLE_BLOCK_V = 1024
+SAMPLE_NUM_WARPS = 4
 BLOCK_N = 1024
 
 
@@ -190,9 +193,10 @@ def row_stats(
     )
     if sampling is not None:
         epsilon, draws, entries = sampling
+        narrow = {**head, "BLOCK_V": min(SAMPLE_BLOCK_V, block_v), "num_warps": SAMPLE_NUM_WARPS}
         _row_sample_kernel[(n,)](
             logits, logits.stride(0), labels, bias_or_dummy, top, log_total, draws, *entries, vocab,
-            entries.columns.shape[1], epsilon, *scalars[1:], **head,
+            entries.columns.shape[1], epsilon, *scalars[1:], **narrow,
         )  # fmt: skip
     if grad_out is not None:
         _row_grad_kernel[(n, triton.cdiv(vocab, block_v))](

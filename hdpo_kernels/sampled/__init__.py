@@ -1,7 +1,7 @@
 """The sampled gradient: rows of it rounded, without bias, to a few entries, and their products with matrices.
 
-    g_t = ∂logp_t/∂logits_t = (onehot(y_t) − p_t) · chain_t  ≈  Σ_j values_tj · onehot(columns_tj),  equal in expectation
-    d_hidden_t = c_t · Σ_j values_tj W[columns_tj]               d_weight[v] = Σ_{t, j: columns_tj = v} c_t values_tj h_t
+    g_t = ∂logp_t/∂logits_t = (onehot(y_t) − p_t) · chain_t = E[Σ_j values_tj · onehot(columns_tj)]
+    d_hidden_t = c_t · Σ_j values_tj W[columns_tj]        d_weight[v] = Σ_{t, j: columns_tj = v} c_t values_tj h_t
 
 Rows are rounded where logits are at hand, by `rows.row_stats`; README.md has the estimator and its proofs. The modules
 torch.py and triton.py have the same two functions, n rows of at most B entries, V vocabulary, H hidden size:

@@ -1,5 +1,6 @@
 """Sparse rows: where they are kept, how many entries they can have, and the random numbers that choose them."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -31,8 +32,8 @@ class Sampling(NamedTuple):
 
 
 def most_entries(epsilon: float) -> int:
-    """Bound on the entries of a row whatever its distribution: 1/ε + 2."""
-    return int(1 / epsilon) + 2
+    """Bound on the entries of a row whatever its distribution: 1/ε + 2, one of which is room for rounding."""
+    return math.ceil(1 / epsilon) + 2
 
 
 def draw(num_rows: int, device: torch.device) -> Tensor:
@@ -40,10 +41,11 @@ def draw(num_rows: int, device: torch.device) -> Tensor:
     return torch.randint(DRAWS, (num_rows,), device=device)
 
 
-def empty_entries(num_rows: int, epsilon: float, dtype: torch.dtype, device: torch.device) -> Entries:
+def new_entries(num_rows: int, epsilon: float, dtype: torch.dtype, device: torch.device) -> Entries:
+    """Room for the bound, zero: what is beyond a row's count adds nothing, and an operator may return it."""
     shape = (num_rows, most_entries(epsilon))
     return Entries(
-        torch.empty(shape, dtype=torch.int32, device=device),
-        torch.empty(shape, dtype=dtype, device=device),
+        torch.zeros(shape, dtype=torch.int32, device=device),
+        torch.zeros(shape, dtype=dtype, device=device),
         torch.zeros(num_rows, dtype=torch.int32, device=device),
     )

@@ -29,6 +29,14 @@ HEAD_FAULTS = {
     "chunk_bytes of zero": ({"chunk_bytes": 0}, ValueError, "chunk_bytes must be a positive int.* or None .*got 0"),
     "chunk_bytes of a float": ({"chunk_bytes": 1e3}, ValueError, "chunk_bytes must be a positive int.* got 1000.0"),
     "unknown gradient": ({"gradient": "filtered"}, ValueError, "gradient must be 'exact'.* got 'filtered'"),
+    "epsilon of zero": ({"gradient": "sampled", "epsilon": 0.0}, ValueError, r"epsilon must be in \(0, 0.5\], got 0.0"),
+    "epsilon of NaN": ({"gradient": "sampled", "epsilon": float("nan")}, ValueError, "epsilon must be in .* got nan"),
+    "a large epsilon": ({"gradient": "sampled", "epsilon": 0.6}, ValueError, r"epsilon must be in \(0, 0.5\], got 0.6"),
+    "more entries than a row has": (
+        {"gradient": "sampled", "epsilon": 0.125},
+        ValueError,
+        r"epsilon=0.125 may keep .* = 10 entries of a row that has 7: gradient='exact' is cheaper.* epsilon >= 0.2",
+    ),
 }  # fmt: skip
 
 PAIR_FAULTS = {

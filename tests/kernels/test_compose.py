@@ -1,6 +1,7 @@
 """The functions inside torch.compile, checkpointing, autocast and gradient accumulation."""
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -38,6 +39,13 @@ def from_logits_inplace(*args):
     return from_logits(*args, inplace=True)
 
 
+def sampled(hidden, weight, bias, labels, cu_seqlens, ref_logps):
+    result = linear_hdpo_loss(
+        hidden * 1.5, weight, labels, cu_seqlens, ref_logps, bias=bias, softcap=20.0, gradient="sampled", epsilon=2**-5
+    )
+    return 3 * result.loss, *result[1:]
+
+
 def in_parts(hidden, weight, bias, labels, cu_seqlens, ref_logps):
     token = linear_logp(hidden, weight, labels, bias=bias)
     logps, lengths = sequence_sum(token.logp, cu_seqlens), sequence_sum((labels >= 0).float(), cu_seqlens)
@@ -45,7 +53,7 @@ def in_parts(hidden, weight, bias, labels, cu_seqlens, ref_logps):
     return result.loss, token.entropy.detach(), *(t for t in result[1:] if t is not None)
 
 
-FUNCTIONS = [from_hidden, from_logits, from_logits_inplace, in_parts]
+FUNCTIONS = [from_hidden, from_logits, from_logits_inplace, in_parts, sampled]
 
 
 @pytest.fixture(autouse=True)
@@ -55,10 +63,13 @@ def fresh_compiler():
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("function", FUNCTIONS)
+@torch._inductor.config.patch(fallback_random=True)  # the numbers that eager draws
 def test_functions_compile_to_one_graph_with_the_same_results(function, backend):
     compiled = torch.compile(function, fullgraph=True, backend=backend)
     expected_inputs, inputs = leaves(), leaves()
+    torch.manual_seed(0)
     expected = function(*expected_inputs, INPUTS.labels, CU_SEQLENS, INPUTS.ref_logps)
+    torch.manual_seed(0)
     actual = compiled(*inputs, INPUTS.labels, CU_SEQLENS, INPUTS.ref_logps)
     torch.testing.assert_close(actual, expected)
     assert [t.requires_grad for t in actual] == [t.requires_grad for t in expected]
@@ -104,12 +115,17 @@ def test_operators_pass_opcheck(needs, bias):
     b, needs = (b, needs) if bias else (None, [*needs[:2], False])
     head = (30.0, 1.0, 4 * V * 8)
     ops = torch.ops.hdpo
+    draws = torch.arange(N) * (2**32 // N)
+    entries = ops.linear_logp(hidden, weight, b, INPUTS.labels, draws, 2**-5, *head, torch.float32)[2]
     calls = [
         (ops.linear_hdpo_loss, (hidden, weight, b, INPUTS.labels, INPUTS.ref_logps, CU_SEQLENS, *head, *PAIR_OPTIONS,
                                 torch.float32, needs)),
         (ops.hdpo_loss, (hidden @ weight.T, INPUTS.labels, None, CU_SEQLENS, *head[:2], *PAIR_OPTIONS, needs[0])),
-        (ops.linear_logp, (hidden, weight, b, INPUTS.labels, *head, torch.bfloat16)),
-        (ops.linear_logp_backward, (torch.ones(N), hidden, weight, b, INPUTS.labels, *head, torch.float32, needs)),
+        (ops.linear_logp, (hidden, weight, b, INPUTS.labels, None, 0.5, *head, torch.bfloat16)),
+        (ops.linear_logp, (hidden, weight, b, INPUTS.labels, draws, 2**-5, *head, torch.bfloat16)),
+        (ops.linear_logp_backward, (torch.ones(N), hidden, weight, b, INPUTS.labels, [], *head, torch.float32, needs)),
+        (ops.linear_logp_backward, (torch.ones(N), hidden, weight, b, INPUTS.labels, entries, *head, torch.float32,
+                                    needs)),
         (ops.sequence_sum, (torch.ones(N, dtype=torch.bfloat16), CU_SEQLENS)),
     ]  # fmt: skip
     for op, arguments in calls:
@@ -137,6 +153,21 @@ def test_checkpointed_loss_does_not_run_its_gemms_twice():
     assert gemms(checkpoint, region, hidden, weight, use_reentrant=False) == 3
     assert torch.equal(hidden.grad, expected[0]) and torch.equal(weight.grad, expected[1])
     assert gemms(checkpoint, region, hidden, weight, use_reentrant=True) == 4  # its first pass has no gradients
+
+
+def test_a_sampled_gradient_is_the_same_under_checkpointing():
+    def region(hidden, weight):
+        token = linear_logp(hidden.sin(), weight, INPUTS.labels, gradient="sampled", epsilon=2**-5)
+        return token.logp.sum().sin()
+
+    grads = []
+    for call in (region, *(functools.partial(checkpoint, region, use_reentrant=r) for r in (False, True))):
+        hidden, weight, _ = leaves()
+        torch.manual_seed(0)
+        call(hidden, weight).backward()
+        grads.append((hidden.grad, weight.grad))
+    for other in grads[1:]:
+        assert torch.equal(other[0], grads[0][0]) and torch.equal(other[1], grads[0][1])
 
 
 def test_selective_checkpointing_can_keep_what_the_operators_return():

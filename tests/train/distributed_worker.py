@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,19 +41,25 @@ def ddp(folder: Path) -> None:
 def fsdp(folder: Path) -> None:
     """Sharded by fully_shard (layers and root): loss and gradients of the unsharded model."""
     dist.init_process_group("gloo")
+    compare_sharded(folder, {})
+    compare_sharded(folder, {"gradient": "sampled", "epsilon": 2**-4})
+
+
+def compare_sharded(folder: Path, options: dict[str, Any]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     examples = tokenize_pairs(Dataset.from_list(make_records(4)), tokenizer)
     batch = PairCollator(1)(list(examples))
     batch["ref_logps"] = -10 - torch.arange(8.0)
     whole, sharded = make_model(), make_model()
     for model in (whole, sharded):
-        attach_loss(model, {"alpha": 0.9, "beta": 0.5})
+        attach_loss(model, {"alpha": 0.9, "beta": 0.5, **options})
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
     for layer in sharded.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
     losses = []
     for model in (whole, sharded):
+        torch.manual_seed(0)
         result = model(**model_inputs(batch, torch.device("cpu")))
         result.loss.backward()
         losses.append(result.loss.detach())
