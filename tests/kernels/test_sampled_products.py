@@ -169,25 +169,48 @@ def test_a_column_that_every_row_has_is_summed_over_all_of_them(products, device
     check_gather_transposed(products, entries, hidden, scale, vocab, dtype)
 
 
-def test_every_column_may_be_long(triton_products, monkeypatch):
-    monkeypatch.setattr(triton_products, "LONG", 2)
+@pytest.mark.parametrize("long", [0, 4, 8])
+def test_columns_on_both_sides_of_long_are_summed(triton_products, monkeypatch, long):
+    monkeypatch.setattr(triton_products, "LONG", long)
     monkeypatch.setattr(triton_products, "LONG_PROGRAMS", 3)
-    entries = make_entries([11] * 9, 11, 11, TRITON_DEVICE)
+    entries = make_entries(list(range(1, 10)), 9, 11, TRITON_DEVICE)
+    entries.columns[:] = torch.arange(9)  # the first is in 9 rows, the second in 8, …, the last two in none
     scale, hidden = (torch.randn(*shape, device=TRITON_DEVICE) for shape in ((9,), (9, 24)))
     check_gather_transposed(triton_products, entries, hidden, scale, 11, torch.float32)
 
 
-def test_sort_is_by_vocabulary_then_by_row(triton_products, monkeypatch):
-    monkeypatch.setattr(triton_products, "LEAST_ROWS", 3)
-    monkeypatch.setattr(triton_products, "BLOCK_B", 16)
-    n, most, vocab = 40, 37, 53
-    entries = make_entries(some_counts(n, most), most, vocab, TRITON_DEVICE)
+def check_sort(triton_products, n: int, most: int, vocab: int) -> None:
+    entries = make_entries(some_counts(n, most), most, vocab, TRITON_DEVICE, in_all=7)
     scale = torch.randn(n, device=TRITON_DEVICE)
     rows, values, starts = (t.cpu() for t in triton_products._sort(entries, scale, vocab))
     matrix = dense(entries, scale, vocab).T.float()
     assert starts.tolist() == [0, *(matrix != 0).sum(1).cumsum(0).tolist()]
     assert torch.equal(rows[: starts[-1]].long(), matrix.nonzero()[:, 1])  # nonzero goes row by row
     assert torch.equal(values[: starts[-1]], matrix[matrix != 0])
+
+
+def test_sort_is_by_vocabulary_then_by_row(triton_products, monkeypatch):
+    monkeypatch.setattr(triton_products, "LEAST_ROWS", 3)
+    monkeypatch.setattr(triton_products, "BLOCK_B", 16)
+    check_sort(triton_products, 40, 37, 53)
+
+
+@pytest.mark.gpu
+def test_sort_keeps_the_order_of_rows_where_programs_run_together(triton_products):
+    check_sort(triton_products, 20000, 600, 1031)
+
+
+@pytest.mark.gpu
+def test_products_do_not_wait_for_the_device(triton_products):
+    entries = make_entries(some_counts(300, 19), 19, 53, "cuda", in_all=5)
+    scale, weight, hidden = (torch.randn(*shape, device="cuda") for shape in ((300,), (53, 40), (300, 40)))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        d_hidden = triton_products.gather(entries, weight, scale, torch.bfloat16)
+        grads = triton_products.gather_transposed(entries, hidden, scale, 53, torch.bfloat16, True, True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(t.isfinite().all() for t in (d_hidden, *grads))
 
 
 def test_positions_beyond_int32_are_int64(triton_products, monkeypatch):
