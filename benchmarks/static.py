@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 from benchmarks.table import RESULTS
 from hdpo_kernels import fused
 from hdpo_kernels.rows import triton as rows
+from hdpo_kernels.sampled import triton as sampled
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -37,8 +38,10 @@ FLAGS = {
     "+bias+softcap": {"HAS_BIAS": True, "HAS_SOFTCAP": True},
 }
 # Arguments of the kernels by name, {t} standing for the inputs' dtype; other pointers are *fp32, other numbers i32
-TYPES = {"hidden_ptr": "*{t}", "weight_ptr": "*{t}", "bias_ptr": "*{t}", "grad_ptr": "*{t}", "labels_ptr": "*i64",
-         "cu_seqlens_ptr": "*i64", "softcap": "fp32", "logit_scale": "fp32"}  # fmt: skip
+TYPES = {"hidden_ptr": "*{t}", "weight_ptr": "*{t}", "bias_ptr": "*{t}", "grad_ptr": "*{t}", "out_ptr": "*{t}",
+         "labels_ptr": "*i64", "cu_seqlens_ptr": "*i64", "long_ptr": "*i64", "num_long_ptr": "*i64",
+         "columns_ptr": "*i32", "counts_ptr": "*i32", "totals_ptr": "*i32", "cursors_ptr": "*i32", "starts_ptr": "*i32",
+         "rows_ptr": "*i32", "sorted_rows_ptr": "*i32", "softcap": "fp32", "logit_scale": "fp32"}  # fmt: skip
 MATRIX = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync", "mfma": "v_mfma_"}
 
 
@@ -69,9 +72,24 @@ def launches(target: GPUTarget) -> Iterator[Launch]:
             yield Launch(rows._row_stats_kernel, dtype + name, row, dtype)
             yield Launch(rows._row_grad_kernel, dtype + name, row, dtype)
             yield Launch(fused._linear_stats_kernel, dtype + name, tile, dtype)
+        yield from _sampled_launches(dtype)
     for splits in (1, 8, 128):
         yield Launch(fused._merge_stats_kernel, f"{splits} splits", fused.merge_tile(splits))
     yield Launch(rows._sequence_sum_kernel, "fp32", {"BLOCK_N": rows.BLOCK_N})
+    for kernel in (sampled._count_kernel, sampled._place_kernel):
+        yield Launch(kernel, "int32", {"BLOCK_B": sampled.BLOCK_B, "num_warps": sampled.NUM_WARPS})
+
+
+def _sampled_launches(dtype: str) -> Iterator[Launch]:
+    """Products of sampled rows with tables of a dtype, and results of the same, at a large and a small hidden size."""
+    for hidden_size in (4096, 64):
+        tile = sampled.choose_tile(hidden_size)
+        long_tile = sampled.choose_tile(hidden_size, sampled.LONG_COLUMNS)
+        variant = f"{dtype} H={hidden_size}"
+        yield Launch(sampled._gather_kernel, variant, tile, dtype)
+        yield Launch(sampled._gather_transposed_kernel, variant, {**tile, "LONG": sampled.LONG}, dtype)
+        yield Launch(sampled._gather_transposed_long_kernel, variant, long_tile, dtype)
+    yield Launch(sampled._bias_kernel, dtype, {"BLOCK_B": sampled.BLOCK_B}, dtype)
 
 
 def measure() -> list[Resources]:
@@ -129,7 +147,7 @@ def main() -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows([Resources._fields, *results])
     for r in (Resources._fields, *results):
-        print("{:24}{:8}{:20}{:>10}{:>8}{:>14}  {:10}{:>8}".format(*r))
+        print("{:32}{:8}{:20}{:>10}{:>8}{:>14}  {:10}{:>8}".format(*r))
 
 
 if __name__ == "__main__":
