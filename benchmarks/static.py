@@ -41,7 +41,8 @@ FLAGS = {
 TYPES = {"hidden_ptr": "*{t}", "weight_ptr": "*{t}", "bias_ptr": "*{t}", "grad_ptr": "*{t}", "out_ptr": "*{t}",
          "labels_ptr": "*i64", "cu_seqlens_ptr": "*i64", "long_ptr": "*i64", "num_long_ptr": "*i64",
          "columns_ptr": "*i32", "counts_ptr": "*i32", "totals_ptr": "*i32", "cursors_ptr": "*i32", "starts_ptr": "*i32",
-         "rows_ptr": "*i32", "sorted_rows_ptr": "*i32", "softcap": "fp32", "logit_scale": "fp32"}  # fmt: skip
+         "rows_ptr": "*i32", "sorted_rows_ptr": "*i32", "draws_ptr": "*i64", "epsilon": "fp32", "softcap": "fp32",
+         "logit_scale": "fp32"}  # fmt: skip
 MATRIX = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync", "mfma": "v_mfma_"}
 
 
@@ -71,6 +72,8 @@ def launches(target: GPUTarget) -> Iterator[Launch]:
             tile = {**flags, **fused.choose_tiles(torch_dtype, target, flags["HAS_SOFTCAP"])._asdict()}
             yield Launch(rows._row_stats_kernel, dtype + name, row, dtype)
             yield Launch(rows._row_grad_kernel, dtype + name, row, dtype)
+            narrow = {"BLOCK_V": rows.SAMPLE_BLOCK_V, "num_warps": rows.SAMPLE_NUM_WARPS}
+            yield Launch(rows._row_sample_kernel, dtype + name, {**row, **narrow}, dtype)
             yield Launch(fused._linear_stats_kernel, dtype + name, tile, dtype)
         yield from _sampled_launches(dtype)
     for splits in (1, 8, 128):

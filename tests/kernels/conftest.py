@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from hdpo_kernels import lm_head, rows
+from hdpo_kernels import lm_head, rows, sampled
 
 
 @pytest.fixture(autouse=True)
@@ -18,16 +18,25 @@ def hostile_memory():
 
 @pytest.fixture(params=["torch", "triton"])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A device on which row operations are torch's, then one on which they are Triton's: a GPU or the interpreter."""
+    """A device on which row operations and sparse products are torch's, then one on which they are Triton's.
+
+    The latter is a GPU, or the interpreter.
+    """
     if request.param == "torch":
         return "cpu"
     if torch.cuda.is_available():
         return "cuda"
     from hdpo_kernels.rows import torch as torch_rows
     from hdpo_kernels.rows import triton as triton_rows
+    from hdpo_kernels.sampled import torch as torch_products
+    from hdpo_kernels.sampled import triton as triton_products
 
-    original = rows.backend
-    for name, module in list(sys.modules.items()):
-        if name.startswith("hdpo_kernels") and getattr(module, "backend", None) is original:
-            monkeypatch.setattr(module, "backend", lambda t: triton_rows if t.element_size() < 8 else torch_rows)
+    for name, original, triton, torch_ in (
+        ("backend", rows.backend, triton_rows, torch_rows),
+        ("products", sampled.products, triton_products, torch_products),
+    ):
+        pick = lambda t, triton=triton, torch_=torch_: triton if t.element_size() < 8 else torch_  # noqa: E731
+        for module in [m for path, m in sys.modules.items() if path.startswith("hdpo_kernels")]:
+            if getattr(module, name, None) is original:
+                monkeypatch.setattr(module, name, pick)
     return "cpu"

@@ -40,10 +40,10 @@ def test_the_forward_is_that_of_the_exact_gradient(device, options):
 
 
 @pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, V)])
-def test_the_mean_of_many_gradients_is_the_exact_one(device, bias):
+def test_the_mean_of_many_gradients_is_the_exact_one(device, bias, request):
     # The mean of K independent gradients is √K times closer to its expectation than one of them: an unbiased one
     # passes by a factor of two, a bias as large as half of one gradient's error would not.
-    repeats = 100 if device == "cuda" or bias is None else 30
+    repeats = 12 if device == "cpu" and "triton" in request.node.name else 100  # the interpreter takes its time
     inputs = zipf_inputs(LENGTHS, V, H, masked=0.2, sharpness=5, device=device)
     bias = None if bias is None else bias.to(device)
     d_logp = torch.randn(len(inputs.labels), device=device)
