@@ -1,11 +1,11 @@
-"""The sampled gradient's question, small: its rows say what the estimator promises."""
+"""The sampled gradient's question, small: its rows say what the estimator promises, and table and plot show them."""
 
 import functools
 
 import pytest
 
 from benchmarks import __main__ as main
-from benchmarks import sampled
+from benchmarks import plots, report, sampled
 from benchmarks.contestants import CONTESTANTS, NAIVE, OURS, Contestant, naive_logp
 from benchmarks.sampled import FILTERED, GEMM, SAMPLED, over
 from benchmarks.table import Table, read
@@ -90,3 +90,13 @@ def test_filtered_logp_is_naive_with_a_tiny_epsilon():
     filtered = functools.partial(sampled.filtered_logp, epsilon=1e-30)
     for actual, expected in zip(Contestant(name, "", filtered).forward_backward(problem), exact, strict=True):
         assert sampled.relative_error(actual, expected) < 1e-4
+
+
+def test_tables_and_plots_show_a_line_and_a_panel_per_shape(folder, rows):
+    (picture,) = [path for path in plots.draw(rows, folder, "cpu") if path.name == "cpu-sampled.png"]
+    assert picture.stat().st_size > 10_000
+    header, _, *lines = report.tables(rows).splitlines()[:4]
+    assert header.startswith("| Sampled gradient, forward + backward | ε | time / one GEMM | / exact | / naive |")
+    assert lines[0].startswith(f"| {ZIPF.name} | 2^-10 | ") and lines[1].startswith(f"| {TAUGHT.name} | 2^-8 | ")
+    assert "/ 1,026 |" in lines[0] and "/ 258 |" in lines[1] and "cce" not in header
+    assert "No figures: cce: needs CUDA. cce unfiltered: needs CUDA." in report.tables(rows)
