@@ -11,13 +11,20 @@ from typing import Any
 
 import torch
 
-from benchmarks import accuracy, forward, loss, memory, plots, report, train_step
+from benchmarks import accuracy, forward, loss, memory, plots, report, sampled, train_step
 from benchmarks.contestants import CONTESTANTS, Contestant
 from benchmarks.harness import attempt, start_afresh
 from benchmarks.table import RESULTS, Table, device_name, read
 
 # Each has shapes(device, quick), what matters most first, and measure(table, shape, contestants, rounds).
-QUESTIONS = {"loss": loss, "forward": forward, "memory": memory, "accuracy": accuracy, "train_step": train_step}
+QUESTIONS = {
+    "loss": loss,
+    "forward": forward,
+    "memory": memory,
+    "accuracy": accuracy,
+    "train_step": train_step,
+    "sampled": sampled,
+}
 
 
 def in_order(shapes: dict[str, list[Any]]) -> list[tuple[str, Any]]:

@@ -95,8 +95,9 @@ def measure_each(
     problem: Problem,
     contestants: Iterable[Contestant],
     figures: Callable[[Contestant], list[Figure]],
-) -> None:
-    """The figures of each contestant by itself, or why it has none."""
+) -> list[Contestant]:
+    """The figures of each contestant by itself, or why it has none; returns those that have figures."""
+    measured = []
     for contestant in contestants:
         found, status = None, contestant.obstacle(problem)
         if not status:
@@ -106,6 +107,8 @@ def measure_each(
             continue
         for metric, value, unit in found:
             table.add(question, shape.name, contestant.name, metric, (value,), unit, contestant.package)
+        measured.append(contestant)
+    return measured
 
 
 def relative_error(result: Tensor, truth: Tensor) -> float:

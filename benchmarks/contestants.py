@@ -68,9 +68,10 @@ def ours_logp(problem: Problem) -> Tensor:
     return linear_logp(problem.hidden, problem.weight, problem.host_labels, softcap=problem.softcap).logp
 
 
-def ours_loss(problem: Problem) -> Tensor:
+def ours_loss(problem: Problem, **options: Any) -> Tensor:
     labels, rest = problem.host_labels, (problem.cu_seqlens, problem.ref_logps)
-    return linear_hdpo_loss(problem.hidden, problem.weight, labels, *rest, softcap=problem.softcap, **LOSS).loss
+    options = {**LOSS, **options, "softcap": problem.softcap}
+    return linear_hdpo_loss(problem.hidden, problem.weight, labels, *rest, **options).loss
 
 
 def ours_fused_logp(problem: Problem) -> Tensor:
@@ -155,7 +156,15 @@ CONTESTANTS = (
         has_reference=False,
     ),
     # Its kernels are CUDA's alone; the implementation it has for elsewhere is what "naive compiled" is.
-    Contestant("cce", "Cut Cross Entropy as it comes", cce_logp, package="cut-cross-entropy", needs_cuda=True),
+    Contestant(
+        "cce",
+        # Its filter_eps "high" is its "auto": utils.py, _handle_eps; what it does: cce_backward.py, _block_is_filtered.
+        "Cut Cross Entropy as it comes, which skips a block of rows and (sorted) vocabulary in backward if every "
+        "|p − onehot| in it is below the dtype's eps / 32, 2⁻¹² for bf16",
+        cce_logp,
+        package="cut-cross-entropy",
+        needs_cuda=True,
+    ),
     Contestant(
         "cce unfiltered",
         "the same, no gradient left out",

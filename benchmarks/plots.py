@@ -1,4 +1,4 @@
-"""Plots of a device's results: time, memory against length, accuracy."""
+"""Plots of a device's results: time, memory against length, accuracy, the sampled gradient against ε."""
 
 import re
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ _PANELS = {"loss": "forward + backward", "forward": "forward only", "train_step"
 
 
 def draw(rows: Sequence[Row], folder: Path, device: str) -> list[Path]:
-    """Write <device>-time.png, -memory.png, -accuracy.png, those of which something was measured."""
+    """Write <device>-time.png, -memory.png, -accuracy.png, -sampled.png, those of which something was measured."""
     paths = []
-    for name, plot in (("time", _time), ("memory", _memory), ("accuracy", _accuracy)):
+    for name, plot in (("time", _time), ("memory", _memory), ("accuracy", _accuracy), ("sampled", _sampled)):
         figure = plot(rows)
         if figure is not None:
             paths.append(folder / f"{device}-{name}.png")
@@ -106,6 +106,47 @@ def _accuracy(rows: Sequence[Row]) -> Figure | None:
     shown = {line.get_label(): line for axis in figure.axes for line in axis.lines}
     figure.axes[-1].legend(handles=[shown[name] for name in names if name in shown], fontsize=8)
     return figure
+
+
+def _sampled(rows: Sequence[Row]) -> Figure | None:
+    """A column of panels per shape: error of d_hidden and time against ε, a level line for who has no ε."""
+    metrics = {"d_hidden, relative": "relative error, d_hidden", "time": "ms, median and quartiles"}
+    rows = [row for row in rows if row["question"] == "sampled" and row["metric"] in metrics]
+    if not rows:
+        return None
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    figure = Figure(figsize=(3.4 * len(shapes), 5.6), layout="constrained")
+    axes = figure.subplots(len(metrics), len(shapes), squeeze=False)
+    for (metric, label), line in zip(metrics.items(), axes, strict=True):
+        for shape, axis in zip(shapes, line, strict=True):
+            _against_epsilon(axis, [row for row in rows if (row["shape"], row["metric"]) == (shape, metric)])
+        line[0].set_ylabel(label, fontsize=8)
+        line[-1].legend(fontsize=7)
+    for shape, above, below in zip(shapes, *axes, strict=True):
+        above.set_title(shape.replace(", ", "\n"), fontsize=9)
+        above.set_yscale("log")
+        above.set_ylim(bottom=max(above.get_ylim()[0], 1e-4))  # fp32's rounding is far below
+        below.set_ylim(bottom=0)
+    return figure
+
+
+def _against_epsilon(axis: Axes, rows: Sequence[Row]) -> None:
+    curves: dict[str, list[tuple[float, list[float]]]] = {}  # ε and the value, how far below and above it quartiles are
+    for row in rows:
+        name, value = row["contestant"], float(row["value"])
+        if at := re.fullmatch(r"(\w+) 2\^(-\d+)", name):
+            spread = [abs(float(row[key] or value) - value) for key in ("low", "high")]
+            curves.setdefault(at[1], []).append((2.0 ** int(at[2]), [value, *spread]))
+        else:
+            axis.axhline(value, label=name, color=_color(name), linestyle="--", linewidth=1)
+    for name, points in curves.items():
+        epsilons, figures = zip(*sorted(points), strict=True)
+        values, *spreads = zip(*figures, strict=True)
+        color = "crimson" if name == "sampled" else "black"
+        axis.errorbar(epsilons, values, spreads, fmt="o-", label=name, color=color, markersize=4)
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel("ε", fontsize=8)
+    _tidy(axis)
 
 
 def _color(name: str) -> str:

@@ -1,13 +1,13 @@
 """Draw the plots of benchmarks/results and rewrite the README's tables from them: python -m benchmarks.report"""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import plots
+from benchmarks import plots, sampled
 from benchmarks.contest import OUR_RATIO
-from benchmarks.contestants import CONTESTANTS, OURS, rank
+from benchmarks.contestants import CONTESTANTS, NAIVE, OURS, rank
 from benchmarks.table import RESULTS, Row, read
 
 README = Path(__file__).parent.parent / "README.md"
@@ -30,9 +30,27 @@ PIVOTS = (
 )
 
 
+# Columns of the sampled gradient's table: title, contestant (of the line's ε, if it has one), metrics.
+_ERRORS = ("d_hidden, relative", "d_weight, relative")
+SAMPLED_COLUMNS = (
+    ("time / one GEMM", sampled.SAMPLED, (sampled.over(sampled.GEMM),)),
+    ("/ exact", sampled.SAMPLED, (sampled.over(OURS),)),
+    ("/ naive", sampled.SAMPLED, (sampled.over(NAIVE),)),
+    ("cce / one GEMM", "cce", (sampled.over(sampled.GEMM),)),
+    ("peak memory", sampled.SAMPLED, ("peak memory",)),
+    ("of exact", OURS, ("peak memory",)),
+    ("entries per row / bound", sampled.SAMPLED, ("entries per row", "bound on entries of a row")),
+    ("off, d_hidden / d_weight", sampled.SAMPLED, _ERRORS),
+    ("filtered at ε", sampled.FILTERED, _ERRORS),
+    ("cce", "cce", _ERRORS),
+    ("exact", OURS, _ERRORS),
+)
+
+
 def tables(rows: Sequence[Row]) -> str:
     """Markdown of everything that was measured; what nobody measured is not there."""
     blocks = [block for pivot in PIVOTS for block in _table(rows, pivot)]
+    blocks += _sampled_table([row for row in rows if row["question"] == "sampled"])
     measured = {row["contestant"]: row["peer"] for row in rows if row["metric"]}
     legend = [
         f"{contestant.name}{' ' + measured[contestant.name] if measured[contestant.name] else ''}: {contestant.note}"
@@ -59,17 +77,51 @@ def _table(rows: Sequence[Row], pivot: Pivot) -> list[str]:
     for shape in sorted({shape for shape, _ in figures}, key=_natural):
         cells = [figures.get((shape, name)) or statuses.get((shape, name), "").split(":")[0] for name in columns]
         lines.append(f"| {shape} | {' | '.join(cells)} |")
+    return ["\n".join(lines), *_reasons(rows, columns)]
+
+
+def _reasons(rows: Sequence[Row], shown: Iterable[str]) -> list[str]:
+    """A line that says why contestants without any figure have none, if there are any."""
     reasons: dict[str, list[str]] = {}
-    for (_, name), status in statuses.items():
-        if name not in columns and status not in reasons.setdefault(name, []):
+    for row in rows:
+        name, status = row["contestant"], row["status"]
+        if status and name not in shown and status not in reasons.setdefault(name, []):
             reasons[name].append(status)
-    without = ". ".join(f"{name or pivot.question}: {'; '.join(each)}" for name, each in reasons.items())
-    return ["\n".join(lines), f"No figures: {without}."] if without else ["\n".join(lines)]
+    without = ". ".join(f"{name or rows[0]['question']}: {'; '.join(each)}" for name, each in reasons.items())
+    return [f"No figures: {without}."] if without else []
+
+
+def _sampled_table(rows: Sequence[Row]) -> list[str]:
+    """A line per shape, for the first ε that was measured on it; columns without any figure are not there."""
+    figures = {(row["shape"], row["contestant"], row["metric"]): _figure(row) for row in rows if row["metric"]}
+    measured = {(shape, contestant) for shape, contestant, _ in figures}
+    lines: dict[str, int] = {}  # shape: exponent of ε
+    for shape in sorted({row["shape"] for row in rows}, key=_natural):
+        for exponent in sampled.EXPONENTS:
+            if (shape, sampled.SAMPLED.format(exponent)) in measured:
+                lines.setdefault(shape, exponent)
+    table = [["Sampled gradient, forward + backward", *lines], ["ε", *(f"2^{exponent}" for exponent in lines.values())]]
+    for title, contestant, metrics in SAMPLED_COLUMNS:
+        cells = [
+            " / ".join(figures.get((shape, contestant.format(exponent), metric), "") for metric in metrics)
+            for shape, exponent in lines.items()
+        ]
+        if any(cell.strip(" /") for cell in cells):
+            table.append([title, *(cell if cell.strip(" /") else "" for cell in cells)])
+    if len(table) == 2:
+        return []
+    header, *body = (f"| {' | '.join(line)} |" for line in zip(*table, strict=True))
+    names = {contestant for _, contestant in measured}
+    legend = (
+        "Of the sampled gradient at ε, one draw; off: relative error against fp64. Filtered: plain PyTorch whose "
+        "gradient lacks every probability below ε but the label's."
+    )
+    return ["\n".join([header, "|---" * len(table) + "|", *body]), " ".join([legend, *_reasons(rows, names)])]
 
 
 def _figure(row: Row) -> str:
     spread = f" ({_number(row['low'])} … {_number(row['high'])})" if row["low"] else ""
-    return f"{_number(row['value'])} {row['unit']}{spread}"
+    return f"{_number(row['value'])} {row['unit']}{spread}".rstrip()
 
 
 def _number(text: str) -> str:

@@ -1,6 +1,8 @@
 """The problems that are measured, by name: the heads of real models, and the sequences that go through them."""
 
-from typing import NamedTuple
+import itertools
+import random
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ HEADS = {
 # Zipf inputs are sharp enough at 8 to look like a trained model. At 86 the label leads most of the vocabulary by 90 to
 # 100 nats, where exp in fp32 is neither normal (above −87.3) nor zero (below −103.3).
 _ORDINARY, _PEAKED = 8.0, 86.0
+_SOFTEST, _SHARPEST = 0.0, 30.0  # between them entropy falls: from 6.8 to 0.1 nats for V = 32,000
 
 
 class Shape(NamedTuple):
@@ -39,6 +42,8 @@ class Shape(NamedTuple):
     dtype: torch.dtype
     masked: bool = False  # the first half of every sequence is prompt: its labels are -100
     peaked: bool = False  # most probabilities are denormal
+    entropy: float | None = None  # mean nats of a row, if it matters
+    sft_steps: int | None = None  # not made up: the quickstart's model after so much SFT; its answers have the lengths
 
     @property
     def gemm_flops(self) -> int:
@@ -64,17 +69,87 @@ class Problem(NamedTuple):
 
 
 def make_problem(shape: Shape, device: str) -> Problem:
-    """Random inputs like a language model's, their reference near the policy: a saturated loss has no gradient."""
+    """Random inputs like a language model's, or those of a small one."""
+    if shape.sft_steps is not None:
+        return _quickstart_problem(shape.sft_steps, shape.dtype, device)
     head = shape.head
+    sharpness = _PEAKED if shape.peaked else _ORDINARY
+    if shape.entropy is not None:
+        sharpness = _sharpness(shape, device)
     inputs = zipf_inputs(
-        shape.lengths, head.vocab, head.hidden_size, dtype=shape.dtype, device=device,
-        sharpness=_PEAKED if shape.peaked else _ORDINARY,
-    )  # fmt: skip
+        shape.lengths, head.vocab, head.hidden_size, dtype=shape.dtype, device=device, sharpness=sharpness
+    )
     if shape.masked:
         for start, length in zip(inputs.cu_seqlens[:-1], shape.lengths, strict=True):
             inputs.labels[start : start + length // 2] = IGNORE_INDEX
+    return _with_reference(*inputs[:4], head.softcap)
+
+
+def _quickstart_problem(sft_steps: int, dtype: torch.dtype, device: str) -> Problem:
+    """A trained head: the quickstart's model after its SFT, one pair for each held-out prompt.
+
+    Of a pair, the chosen answer is a demonstration and the rejected one the model's own; rows are the answers' tokens.
+    """
+    from hdpo_train import quickstart
+    from hdpo_train.evaluate import sample
+    from hdpo_train.quickstart import task
+
+    settings = quickstart.Settings(sft_steps=sft_steps)
+    taught, prompts = task.split_prompts(settings.held_out, settings.seed)
+    model, tokenizer = quickstart.sft(taught, settings)
+    drawn = sample(model, tokenizer, prompts, 1, max_new_tokens=quickstart.MAX_NEW_TOKENS, seed=settings.seed)
+    rng = random.Random(settings.seed)
+    demonstrated = [task.demonstrate(prompt, rng) for prompt in prompts]
+    texts = [
+        prompt + answer + str(tokenizer.eos_token)
+        for prompt, right, answers in zip(prompts, demonstrated, drawn.answers, strict=True)
+        for answer in (right, *answers)
+    ]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+    starts = torch.tensor([len(ids) for ids in tokenizer(prompts)["input_ids"]]).repeat_interleave(2)
+    ids = batch["input_ids"]
+    answered = (torch.arange(ids.shape[1]) >= starts.unsqueeze(1)) & (batch["attention_mask"] != 0)
+    backbone: Any = model.model
     with torch.no_grad():
-        logps = linear_hdpo_loss(*inputs[:4], None, softcap=head.softcap).logps
-    noise = torch.randn(len(shape.lengths), generator=torch.Generator().manual_seed(0)).to(device)
-    hidden, weight = inputs.hidden.requires_grad_(), inputs.weight.requires_grad_()
-    return Problem(hidden, weight, inputs.labels, inputs.cu_seqlens, logps + noise, head.softcap, inputs.labels.cpu())
+        states = backbone(**batch).last_hidden_state  # each is what predicts the next token
+    hidden, weight = states[:, :-1][answered[:, 1:]], model.lm_head.weight.detach()
+    cu_seqlens = [0, *itertools.accumulate(answered.sum(1).tolist())]
+    return _with_reference(hidden.to(device, dtype), weight.to(device, dtype), ids[answered].to(device), cu_seqlens)
+
+
+def _with_reference(
+    hidden: Tensor, weight: Tensor, labels: Tensor, cu_seqlens: list[int], softcap: float | None = None
+) -> Problem:
+    """The problem whose reference is near the policy: a saturated loss has no gradient."""
+    with torch.no_grad():
+        logps = linear_hdpo_loss(hidden, weight, labels, cu_seqlens, None, softcap=softcap).logps
+    noise = torch.randn(len(logps), generator=torch.Generator().manual_seed(0)).to(logps.device)
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    return Problem(hidden, weight, labels, cu_seqlens, logps + noise, softcap, labels.cpu())
+
+
+def _sharpness(shape: Shape, device: str) -> float:
+    """The sharpness at which the rows of Zipf inputs have the shape's mean entropy, by bisection.
+
+    Hidden states, hence logits, are affine in it, so two GEMMs are enough.
+    """
+    assert shape.entropy is not None
+    sizes = (shape.lengths, shape.head.vocab, shape.head.hidden_size)
+    zero, one = (zipf_inputs(*sizes, device=device, sharpness=sharpness) for sharpness in (0.0, 1.0))
+    logits, slope = zero.hidden @ zero.weight.T, (one.hidden - zero.hidden) @ zero.weight.T
+    slices = list(zip(logits.split(512), slope.split(512), strict=True))
+
+    def entropy(sharpness: float) -> float:
+        total = 0.0
+        for z, dz in slices:
+            logp = torch.add(z, dz, alpha=sharpness).log_softmax(-1)
+            total -= (logp.exp() * logp).sum().item()
+        return total / len(logits)
+
+    low, high = _SOFTEST, _SHARPEST
+    if not entropy(low) > shape.entropy > entropy(high):
+        raise ValueError(f"no mean entropy of {shape.entropy} nats: from {entropy(low):.2f} to {entropy(high):.2f}")
+    while high - low > 0.01:
+        middle = (low + high) / 2
+        low, high = (middle, high) if entropy(middle) > shape.entropy else (low, middle)
+    return (low + high) / 2

@@ -81,7 +81,7 @@ def run(folder: Path, settings: Settings) -> dict[str, Evaluation]:
     print(task.EXPLANATION.format(prompt=example, count=task.count_right(example), answer=answer))
 
     with _stage(f"1/5 SFT: a model learns from {settings.sft_steps * settings.sft_batch_size} demonstrations"):
-        model, tokenizer = _sft(prompts, settings)
+        model, tokenizer = sft(prompts, settings)
         _save(model, tokenizer, folder / "sft")
     with _stage(f"2/5 pairs: it answers {settings.pair_prompts} prompts, a program judges") as note:
         asked = prompts[: settings.pair_prompts]
@@ -118,7 +118,8 @@ def run(folder: Path, settings: Settings) -> dict[str, Evaluation]:
     return results
 
 
-def _sft(prompts: list[str], settings: Settings) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def sft(prompts: list[str], settings: Settings) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """The model that everything starts from, taught by demonstrations of the prompts."""
     rng = random.Random(settings.seed)
     tokenizer = train_tokenizer([prompt + task.demonstrate(prompt, rng) for prompt in prompts])
     model = new_model(tokenizer, settings.hidden_size, settings.num_layers, settings.seed)

@@ -8,6 +8,7 @@ from benchmarks import loss
 from benchmarks.shapes import HEADS, Head, Shape, make_problem
 from hdpo_kernels import linear_hdpo_loss, naive
 
+TAUGHT = Shape("taught", Head(96, 289), (), torch.float32, sft_steps=2)
 TINY = Shape("tiny", Head(32, 500), (20, 20, 20, 20), torch.float32)
 
 
@@ -58,3 +59,26 @@ def test_make_problem_peaked_probabilities_are_mostly_denormal():
     tiny, smallest = torch.finfo(torch.float32).tiny, 2.0**-149
     denormal = lambda x: ((x < tiny) & (x > smallest)).double().mean()  # noqa: E731
     assert denormal(p) > 0.5 and denormal(q) == 0
+
+
+@pytest.mark.parametrize("nats", [0.5, 2.0, 4.0, 6.0])
+def test_make_problem_has_the_mean_entropy_that_was_asked_for(nats):
+    shape = Shape("entropy", Head(64, 32_000), (32,) * 4, torch.float32, entropy=nats)
+    problem = make_problem(shape, "cpu")
+    assert naive.linear_logp(*problem[:3]).entropy.mean().item() == pytest.approx(nats, rel=0.02)
+
+
+def test_make_problem_says_which_entropies_there_are():
+    with pytest.raises(ValueError, match=r"no mean entropy of 9\.0 nats: from 3"):
+        make_problem(TINY._replace(entropy=9.0), "cpu")
+
+
+def test_make_problem_of_the_quickstart_has_answers_of_its_model():
+    problem = make_problem(TAUGHT, "cpu")
+    rows, pairs = len(problem.labels), 300
+    assert len(problem.cu_seqlens) == 2 * pairs + 1 and problem.cu_seqlens[-1] == rows == len(problem.hidden)
+    assert problem.weight.shape == (TAUGHT.head.vocab, TAUGHT.head.hidden_size)
+    ends = problem.labels[torch.tensor(problem.cu_seqlens[1:]) - 1]
+    assert (ends == 1).all()  # <eos>
+    result = linear_hdpo_loss(*problem[:5], alpha=0.9, beta=0.1)
+    assert result.entropy.min() > 1 and result.margins.abs().max() < 10
