@@ -204,8 +204,8 @@ def sgd_steps(tokenizer, args, lora=False) -> tuple[list[dict], torch.Tensor]:
 )
 def test_train_sampled_follows_exact(options, tokenizer, config):
     """The first step has the same metrics and nearly the same gradient; a seed repeats every bit of a run."""
-    lora = options.pop("lora", False)
     options = {"alpha": 0.9, "optim": "sgd", "max_steps": 1, **options}
+    lora = options.pop("lora", False)
 
     def run(name, **more):
         args = config(**options | more, output_dir=str(Path(config().output_dir) / name))
