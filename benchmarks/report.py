@@ -1,4 +1,4 @@
-"""Draw the plots of benchmarks/results and rewrite the README's tables from them: python -m benchmarks.report"""
+"""Draw the plots of benchmarks/results and rewrite the READMEs' tables from them: python -m benchmarks.report"""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,8 @@ from benchmarks.contest import OUR_RATIO
 from benchmarks.contestants import CONTESTANTS, NAIVE, OURS, rank
 from benchmarks.table import RESULTS, Row, read
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+READMES = (ROOT / "README.md", ROOT / "hdpo_kernels" / "README.md")
 
 
 class Pivot(NamedTuple):
@@ -158,20 +159,21 @@ def section(folder: Path = RESULTS) -> str:
 
 
 def filled_in(text: str) -> str:
-    """The README's text with what stands between its markers written anew."""
-    quickstart = RESULTS / "quickstart.md"
-    contents = {"benchmarks": section(), "quickstart": quickstart.read_text(encoding="utf-8").strip()}
-    for name, content in contents.items():
-        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
-        before, rest = text.split(begin)
-        text = before + begin + content + "\n" + end + rest.split(end)[1]
-    return text
+    """The text with what stands between markers written anew: tables of all devices, or results/<name>.md."""
+
+    def content(marked: re.Match[str]) -> str:
+        begin, name, end = marked.groups()
+        new = section() if name == "benchmarks" else (RESULTS / f"{name}.md").read_text(encoding="utf-8").strip()
+        return f"{begin}\n{new}\n{end}"
+
+    return re.sub(r"(<!-- (\S+): begin -->)\n.*?(<!-- \2: end -->)", content, text, flags=re.DOTALL)
 
 
 def main() -> None:
     for device in ("cpu", "cuda"):
         plots.draw(read(RESULTS / f"{device}.csv"), RESULTS, device)
-    README.write_text(filled_in(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for readme in READMES:
+        readme.write_text(filled_in(readme.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rows of results, each with where, when and by what version it was measured, kept in a CSV file per device."""
+"""Rows of results, each with where, when and by what version it was measured, kept in a CSV file a device or study."""
 
 import csv
 import functools
@@ -20,8 +20,9 @@ Row = dict[str, str]
 class Table:
     """Collects rows, prints them as they come, and puts them into the CSV file."""
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    def __init__(self, device: str, name: str = "", digits: int = 4) -> None:
+        """name: of the file, if not the device's; digits: significant ones of a figure."""
+        self.device, self.name, self.digits = device, name or device, digits
         self.rows: list[Row] = []
 
     def add(
@@ -29,7 +30,7 @@ class Table:
         package: str = "",
     ) -> None:  # fmt: skip
         """One figure: values are the figure alone, or median, lower and upper quartile. package: for its version."""
-        numbers = dict(zip(("value", "low", "high"), (f"{value:.4g}" for value in values), strict=False))
+        numbers = dict(zip(("value", "low", "high"), (f"{value:.{self.digits}g}" for value in values), strict=False))
         self._append(question, shape, contestant, package, metric=metric, unit=unit, **numbers)
         spread = " ({low} … {high})".format(**numbers) if len(values) == 3 else ""
         print(f"{question:12}{shape:38}{contestant:18}{metric:24}{numbers['value']:>10} {unit}{spread}", flush=True)
@@ -40,10 +41,10 @@ class Table:
         print(f"{question:12}{shape:38}{contestant:18}{status}", flush=True)
 
     def path(self, folder: Path) -> Path:
-        return folder / f"{self.device}.csv"
+        return folder / f"{self.name}.csv"
 
     def write(self, folder: Path) -> None:
-        """Replace the rows of what was measured now (question and shape) in <folder>/<device>.csv, keep the others."""
+        """Replace the rows of what was measured now (question and shape) in <folder>/<name>.csv, keep the others."""
         path = self.path(folder)
         measured = {(row["question"], row["shape"]) for row in self.rows}
         kept = [row for row in read(path) if (row["question"], row["shape"]) not in measured]

@@ -10,6 +10,8 @@ from torch import Tensor
 from hdpo_kernels.naive import IGNORE_INDEX
 from hdpo_kernels.sampled.entries import most_entries
 
+GRADIENTS = ("exact", "sampled")
+
 
 def check_head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -35,14 +37,15 @@ def check_head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | No
     check_labels(labels, hidden.shape[0], hidden.device)
 
 
-def check_gradient(gradient: str, epsilon: float, vocab: int) -> None:
-    if gradient not in ("exact", "sampled"):
-        raise ValueError(f"gradient must be 'exact' or 'sampled', got {gradient!r}")
+def check_gradient(gradient: str, epsilon: float, vocab: int | None = None) -> None:
+    """vocab: None where no head is known yet."""
+    if gradient not in GRADIENTS:
+        raise ValueError(f"gradient must be {' or '.join(map(repr, GRADIENTS))}, got {gradient!r}")
     if gradient == "exact":
         return
     if not 0 < epsilon <= 0.5:
         raise ValueError(f"epsilon must be in (0, 0.5], got {epsilon}")
-    if most_entries(epsilon) > vocab:
+    if vocab is not None and most_entries(epsilon) > vocab:
         smallest = f", or take epsilon >= {1 / (vocab - 2):.3g}" if vocab >= 4 else ""
         raise ValueError(
             f"epsilon={epsilon:g} may keep 1/epsilon + 2 = {most_entries(epsilon)} entries of a row that has {vocab}: "

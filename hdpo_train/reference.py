@@ -96,7 +96,13 @@ def cache_key(dataset: Dataset, model: nn.Module, precision: str, without_adapte
 def _compute(
     dataset: Dataset, model: nn.Module, accelerator: Accelerator, collator: PairCollator, batch_size: int, name: str
 ) -> Tensor:
-    loader = accelerator.prepare_data_loader(DataLoader(dataset, batch_size=batch_size, collate_fn=collator))  # type: ignore[arg-type]
+    loader = DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_size=batch_size,
+        collate_fn=collator,
+        generator=torch.Generator(),  # torch's own stays as it is when the numbers come from the cache
+    )
+    loader = accelerator.prepare_data_loader(loader)
     training = model.training
     model.eval()
     parts = []

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.utils import logging
 
 from hdpo_kernels import HDPOLoss
+from hdpo_kernels.checks import check_gradient
 from hdpo_train.config import HDPOConfig
 from hdpo_train.data import PairCollator, tokenize_pairs
 from hdpo_train.head import attach_loss, bare, head_of
@@ -81,6 +82,7 @@ class HDPOTrainer(Trainer):
         reference: Any = policy if ref_model is None else ref_model
         models: list[Any] = [policy] if reference is policy else [policy, reference]
         vocab = min(head_of(bare(each)).weight.shape[0] for each in models)
+        check_gradient(args.gradient, args.epsilon, vocab)
         if args.disable_dropout:
             for each in models:
                 _disable_dropout(each)

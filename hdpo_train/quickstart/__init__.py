@@ -80,35 +80,23 @@ def run(folder: Path, settings: Settings) -> dict[str, Evaluation]:
     answer = task.demonstrate(example, random.Random(settings.seed)).strip()
     print(task.EXPLANATION.format(prompt=example, count=task.count_right(example), answer=answer))
 
-    with _stage(f"1/5 SFT: a model learns from {settings.sft_steps * settings.sft_batch_size} demonstrations"):
+    with stage(f"1/5 SFT: a model learns from {settings.sft_steps * settings.sft_batch_size} demonstrations"):
         model, tokenizer = sft(prompts, settings)
         _save(model, tokenizer, folder / "sft")
-    with _stage(f"2/5 pairs: it answers {settings.pair_prompts} prompts, a program judges") as note:
-        asked = prompts[: settings.pair_prompts]
-        answers = sample(
-            model, tokenizer, asked, settings.samples_per_prompt, max_new_tokens=MAX_NEW_TOKENS, seed=settings.seed
-        )
-        records = judge(asked, answers, settings.pairs_per_prompt, settings.seed)
-        if not records:
-            raise ValueError("the model gave no prompt both a right and a wrong answer: there is nothing to prefer")
+    with stage(f"2/5 pairs: it answers {settings.pair_prompts} prompts, a program judges") as note:
+        records = make_pairs(model, tokenizer, prompts, settings)
         lines = [json.dumps(record) + "\n" for record in records]
         (folder / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
         note(f"{len(records)} pairs")
     models = {"SFT (before)": model}
     for number, alpha in ((3, 1.0), (4, settings.alpha)):
-        with _stage(f"{number}/5 H-DPO, α = {alpha:g}") as note:
+        with stage(f"{number}/5 H-DPO, α = {alpha:g}") as note:
             trained = copy.deepcopy(model)
-            trainer = _train(trained, tokenizer, records, alpha, folder / f"alpha-{alpha:g}", settings)
+            trainer = train(trained, tokenizer, records, folder / f"alpha-{alpha:g}", settings, alpha=alpha)
             models[f"H-DPO, α = {alpha:g}" + (" (DPO)" if alpha == 1 else "")] = trained
             note(f"{trainer.state.global_step} steps, margin before training {trainer.start['initial_margin']:+.2f}")
-    with _stage(f"5/5 evaluation: {len(held_out)} held-out prompts, {settings.eval_samples} samples each"):
-        results = {
-            name: evaluate(
-                model, tokenizer, held_out, task.is_right,
-                num_samples=settings.eval_samples, max_new_tokens=MAX_NEW_TOKENS, seed=settings.seed,
-            )
-            for name, model in models.items()
-        }  # fmt: skip
+    with stage(f"5/5 evaluation: {len(held_out)} held-out prompts, {settings.eval_samples} samples each"):
+        results = {name: measure(model, tokenizer, held_out, settings) for name, model in models.items()}
 
     table = _table(results, settings)
     (folder / TABLE_FILE).write_text(table + "\n", encoding="utf-8")
@@ -119,7 +107,6 @@ def run(folder: Path, settings: Settings) -> dict[str, Evaluation]:
 
 
 def sft(prompts: list[str], settings: Settings) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """The model that everything starts from, taught by demonstrations of the prompts."""
     rng = random.Random(settings.seed)
     tokenizer = train_tokenizer([prompt + task.demonstrate(prompt, rng) for prompt in prompts])
     model = new_model(tokenizer, settings.hidden_size, settings.num_layers, settings.seed)
@@ -130,17 +117,30 @@ def sft(prompts: list[str], settings: Settings) -> tuple[LlamaForCausalLM, PreTr
     return model, tokenizer
 
 
-def _train(
+def make_pairs(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], settings: Settings
+) -> list[dict[str, str]]:
+    asked = prompts[: settings.pair_prompts]
+    answers = sample(
+        model, tokenizer, asked, settings.samples_per_prompt, max_new_tokens=MAX_NEW_TOKENS, seed=settings.seed
+    )
+    records = judge(asked, answers, settings.pairs_per_prompt, settings.seed)
+    if not records:
+        raise ValueError("the model gave no prompt both a right and a wrong answer: there is nothing to prefer")
+    return records
+
+
+def train(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     records: list[dict[str, str]],
-    alpha: float,
     folder: Path,
     settings: Settings,
+    **options: Any,
 ) -> HDPOTrainer:
+    """H-DPO of `model` itself; options: of HDPOConfig, beside those of the settings."""
     args = HDPOConfig(
         output_dir=str(folder),
-        alpha=alpha,
         beta=settings.beta,
         learning_rate=settings.learning_rate,
         per_device_train_batch_size=settings.batch_size,
@@ -153,6 +153,7 @@ def _train(
         disable_tqdm=False,
         seed=settings.seed,
         ref_cache_dir=str(folder.parent / "reference"),
+        **options,
     )
     trainer = HDPOTrainer(model, args=args, train_dataset=Dataset.from_list(records), processing_class=tokenizer)
     trainer.pop_callback(ProgressCallback)
@@ -160,6 +161,15 @@ def _train(
     trainer.train()
     trainer.save_model()
     return trainer
+
+
+def measure(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, held_out: list[str], settings: Settings
+) -> Evaluation:
+    return evaluate(
+        model, tokenizer, held_out, task.is_right,
+        num_samples=settings.eval_samples, max_new_tokens=MAX_NEW_TOKENS, seed=settings.seed,
+    )  # fmt: skip
 
 
 class _BarOnly(ProgressCallback):
@@ -198,7 +208,7 @@ def _claim(folder: Path, settings: Settings) -> None:
 
 
 @contextmanager
-def _stage(title: str) -> Iterator[Any]:
+def stage(title: str) -> Iterator[Any]:
     notes: list[str] = []
     print(f"{title} …", flush=True)
     start = time.perf_counter()

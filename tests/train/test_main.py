@@ -71,6 +71,12 @@ def test_main_trains_lora_that_loads_with_auto_classes(folder):
     AutoModelForCausalLM.from_pretrained(folder / "out")
 
 
+def test_main_trains_with_a_sampled_gradient_beside_options_of_like_names(folder):
+    options = {"gradient": "sampled", "epsilon": 0.01, "gradient_checkpointing": True, "gradient_accumulation_steps": 2}
+    main(arguments(folder, **options, torch_compile=True, torch_compile_backend="eager"))
+    assert len([line for line in read_metrics(folder / "out") if "loss" in line]) == 2
+
+
 def test_main_evaluates_on_another_file(folder):
     write(folder / "eval.jsonl", make_records(5, seed=2))
     main(arguments(folder, eval_dataset_name=folder / "eval.jsonl", eval_strategy="steps", eval_steps=2))
@@ -92,7 +98,7 @@ def test_main_reads_gzip_and_parquet(folder):
 def test_main_help_teaches(flag, capsys):
     main([flag])
     text = capsys.readouterr().out
-    for word in ("--alpha", "sharpens", "--on_bad_record", "--dataset_name"):
+    for word in ("--alpha", "sharpens", "--gradient", "--epsilon", "--on_bad_record", "--dataset_name"):
         assert word in text
 
 
@@ -123,6 +129,8 @@ def test_main_names_the_line_of_malformed_json(folder, capsys):
     [
         ({"alpha": 0}, "alpha must be a positive number, got 0.0"),
         ({"beta": -1}, "beta must be a positive number, got -1.0"),
+        ({"gradient": "sampled", "epsilon": 0.001}, "epsilon >= 0.00336"),
+        ({"gradient": "sampled", "epsilon": 2}, "epsilon must be in (0, 0.5], got 2.0"),
         ({"dataset_name": "/nowhere/pairs.jsonl"}, "/nowhere/pairs.jsonl"),
         ({"model_name_or_path": "/nowhere/model"}, "/nowhere/model"),
         ({"resume_from_checkpoint": "/nowhere/checkpoint-1"}, "/nowhere/checkpoint-1: no such folder"),

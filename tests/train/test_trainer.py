@@ -13,7 +13,9 @@ from hdpo_kernels import naive
 from hdpo_train import HDPOConfig, HDPOTrainer
 from hdpo_train.data import tokenize_pairs
 from hdpo_train.report import METRICS_FILE, REPORT_FILE, read_metrics
-from tests.train.tiny import make_model, make_records
+from tests.train.tiny import VOCAB, make_model, make_records
+
+SAMPLED = {"gradient": "sampled", "epsilon": 2**-7}
 
 
 def make_trainer(args, tokenizer, model=None, records=None, **kwargs) -> HDPOTrainer:
@@ -158,27 +160,95 @@ def test_train_gradient_accumulation_equals_one_large_batch(tokenizer, config):
     assert (runs[0][1] - runs[1][1]).abs().max() < 2e-4  # Adam's first steps are of size lr whatever the gradient's
 
 
+@pytest.mark.parametrize("gradient", [{}, SAMPLED], ids=["exact", "sampled"])
 @pytest.mark.parametrize(
     "option", [{"torch_compile": True, "torch_compile_backend": "eager"}, {"gradient_checkpointing": True}], ids=str
 )
-def test_train_takes_the_same_steps_compiled_or_checkpointed(option, tokenizer, config):
+def test_train_takes_the_same_steps_compiled_or_checkpointed(option, gradient, tokenizer, config):
     runs = []
-    for name, options in (("plain", {}), ("changed", option)):
+    for name, options in (("plain", gradient), ("changed", {**gradient, **option})):
         args = config(max_steps=3, alpha=0.9, output_dir=str(Path(config().output_dir) / name), **options)
         make_trainer(args, tokenizer).train()
         runs.append(losses(args.output_dir))
     assert len(runs[0]) == 3 and runs[0] == pytest.approx(runs[1], rel=1e-5)
 
 
-def test_train_resumes_with_the_metrics_of_an_uninterrupted_run(tokenizer, config):
-    whole = config(max_steps=6, save_strategy="steps", save_steps=3)
+@pytest.mark.parametrize("gradient", [{}, SAMPLED], ids=["exact", "sampled"])
+def test_train_resumes_with_the_metrics_of_an_uninterrupted_run(gradient, tokenizer, config):
+    whole = config(max_steps=10, save_strategy="steps", save_steps=5, **gradient)  # epochs of 8 steps
     make_trainer(whole, tokenizer, records=make_records(30)).train()
     expected = [line for line in read_metrics(whole.output_dir) if "loss" in line]
 
     resumed = make_trainer(whole, tokenizer, records=make_records(30))
-    resumed.train(resume_from_checkpoint=str(Path(whole.output_dir) / "checkpoint-3"))
+    resumed.train(resume_from_checkpoint=str(Path(whole.output_dir) / "checkpoint-5"))
     found = [line for line in read_metrics(whole.output_dir) if "loss" in line]
     assert found == expected
+
+
+def sgd_steps(tokenizer, args, lora=False) -> tuple[list[dict], torch.Tensor]:
+    """Metrics of every step, and how far the parameters went: with plain SGD, as far as the gradient says."""
+    peft = pytest.importorskip("peft") if lora else None
+    peft_config = peft and peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = make_trainer(args, tokenizer, make_model("phi"), make_records(16), peft_config=peft_config)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    after = zip(trainer.model.parameters(), before, strict=True)
+    metrics = [line for line in read_metrics(args.output_dir) if "loss" in line]
+    return metrics, torch.cat([(p.detach() - start).flatten() for p, start in after])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}, {"lora": True}],
+    ids=["plain", "accumulation", "checkpointing", "lora"],
+)
+def test_train_sampled_follows_exact(options, tokenizer, config):
+    """The first step has the same metrics and nearly the same gradient; a seed repeats every bit of a run."""
+    options = {"alpha": 0.9, "optim": "sgd", "max_steps": 1, **options}
+    lora = options.pop("lora", False)
+
+    def run(name, **more):
+        args = config(**options | more, output_dir=str(Path(config().output_dir) / name))
+        return sgd_steps(tokenizer, args, lora)
+
+    (exact,), exact_way = run("exact")
+    (first,), way = run("sampled", **SAMPLED)
+    assert {**first, "grad_norm": 0} == pytest.approx({**exact, "grad_norm": 0}, rel=1e-5, abs=1e-6)
+    assert 0 < (way - exact_way).norm() < 0.1 * exact_way.norm()
+    runs = [run(f"again-{i}", max_steps=3, **SAMPLED) for i in range(2)]
+    assert runs[0][0] == runs[1][0] and torch.equal(runs[0][1], runs[1][1])
+    assert len(runs[0][0]) == 3 and runs[0][0][0] == first
+
+
+def test_train_sampled_takes_the_same_data_whatever_it_draws(tokenizer, config):
+    runs = []
+    for name, options in (("exact", {}), ("sampled", SAMPLED), ("redrawn", {**SAMPLED, "seed": 1, "data_seed": 0})):
+        args = config(max_steps=6, alpha=0.9, output_dir=str(Path(config().output_dir) / name), **options)
+        make_trainer(args, tokenizer).train()  # two epochs
+        runs.append([line for line in read_metrics(args.output_dir) if "loss" in line])
+    for key, same in (("rewards/initial_margins", True), ("loss", False)):
+        exact, sampled, redrawn = ([line[key] for line in run] for run in runs)
+        assert (exact == sampled) == (sampled == redrawn) == same
+
+
+def test_evaluate_and_reference_draw_nothing(tokenizer, config):
+    data = Dataset.from_list(make_records(5, seed=1))
+    found, states = [], []
+    for name, options in (("exact", {}), ("sampled", SAMPLED), ("sampled", SAMPLED)):  # the last from the cache
+        args = config(ref_cache_dir=str(Path(config().output_dir) / name), **options)
+        trainer = make_trainer(args, tokenizer, eval_dataset=data)
+        found.append((trainer.train_dataset["ref_chosen_logp"][:], trainer.evaluate()["eval_loss"]))
+        states.append(torch.get_rng_state())
+    assert found[0][0] == found[1][0] and found[0][1] == pytest.approx(found[1][1], rel=1e-6)
+    assert torch.equal(states[0], states[1]) and torch.equal(states[1], states[2])
+
+
+def test_init_refuses_more_entries_than_the_vocabulary_before_the_reference_pass(tokenizer, config, monkeypatch):
+    from hdpo_train import reference
+
+    monkeypatch.setattr(reference, "_compute", lambda *args: pytest.fail("the reference pass ran"))
+    with pytest.raises(ValueError, match=rf"1026 entries of a row that has {VOCAB}.*epsilon >= 0\.00336"):
+        make_trainer(config(gradient="sampled"), tokenizer)
 
 
 def test_train_refuses_a_folder_that_holds_another_run(tokenizer, config):
@@ -319,6 +389,9 @@ def test_init_refuses_what_it_would_have_to_ignore(tokenizer, config):
         ({"label_smoothing": 0.5}, r"in \[0, 0.5\); got 0.5"),
         ({"label_smoothing_factor": 0.1}, "use label_smoothing"),
         ({"on_bad_record": "ignore"}, "'stop' or 'drop', got 'ignore'"),
+        ({"gradient": "filtered"}, "gradient must be 'exact' or 'sampled', got 'filtered'"),
+        ({"gradient": "sampled", "epsilon": 0.0}, r"epsilon must be in \(0, 0.5\], got 0.0"),
+        ({"gradient": "sampled", "epsilon": 0.6}, r"epsilon must be in \(0, 0.5\], got 0.6"),
         ({"max_length": 0}, "max_length must be positive or None, got 0"),
     ],
 )
