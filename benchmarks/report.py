@@ -49,9 +49,9 @@ SAMPLED_COLUMNS = (
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """Markdown of everything that was measured; what nobody measured is not there."""
+    """Markdown of all rows; what nobody measured is not there."""
     blocks = [block for pivot in PIVOTS for block in _table(rows, pivot)]
-    blocks += _sampled_table([row for row in rows if row["question"] == "sampled"])
+    blocks += _sampled_table(rows)
     measured = {row["contestant"]: row["peer"] for row in rows if row["metric"]}
     legend = [
         f"{contestant.name}{' ' + measured[contestant.name] if measured[contestant.name] else ''}: {contestant.note}"
@@ -94,6 +94,7 @@ def _reasons(rows: Sequence[Row], shown: Iterable[str]) -> list[str]:
 
 def _sampled_table(rows: Sequence[Row]) -> list[str]:
     """A line per shape, for the first ε that was measured on it; columns without any figure are not there."""
+    rows = [row for row in rows if row["question"] == "sampled"]
     figures = {(row["shape"], row["contestant"], row["metric"]): _figure(row) for row in rows if row["metric"]}
     measured = {(shape, contestant) for shape, contestant, _ in figures}
     lines: dict[str, int] = {}  # shape: exponent of ε
@@ -135,35 +136,44 @@ def _natural(shape: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", shape)]
 
 
-def section(folder: Path = RESULTS) -> str:
-    """What the README says of every device."""
+def section(name: str, folder: Path = RESULTS) -> str:
+    """What a README says of every device: of the sampled gradient, or of everything else."""
     blocks = []
     for device in ("cpu", "cuda"):
-        rows = read(folder / f"{device}.csv")
+        rows = [row for row in read(folder / f"{device}.csv") if (row["question"] == "sampled") == (name == "sampled")]
         if not rows:
-            blocks.append(f"On {device.upper()}: not measured yet (`python -m benchmarks --device {device}`).")
+            blocks.append(f"On {device.upper()}: not measured yet ({_again(name, device)}`).")
             continue
         machines = " and ".join(dict.fromkeys(f"{row['device']}, torch {row['torch']}" for row in rows))
         commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
         day = max(row["time"] for row in rows)[:10]
         plotted = ", ".join(
-            f"[{png.stem.removeprefix(f'{device}-')}](benchmarks/results/{png.name})"
+            f"[{png.stem.removeprefix(f'{device}-')}]({'../' * (name == 'sampled')}benchmarks/results/{png.name})"
             for png in sorted(folder.glob(f"{device}-*.png"))
+            if (png.stem == f"{device}-sampled") == (name == "sampled")
         )
         blocks += [
             f"{machines}; commit {commits}, {day}. Medians (quartiles). Plots: {plotted or 'none'}. All rows: "
-            f"`benchmarks/results/{device}.csv`; again: `python -m benchmarks --device {device}`.",
+            f"`benchmarks/results/{device}.csv`; again: `{_again(name, device)}`.",
             tables(rows),
         ]
     return "\n\n".join(blocks)
 
 
+def _again(name: str, device: str) -> str:
+    return f"python -m benchmarks --device {device}" + " --only sampled" * (name == "sampled")
+
+
 def filled_in(text: str) -> str:
-    """The text with what stands between markers written anew: tables of all devices, or results/<name>.md."""
+    """The text with what stands between markers written anew: a section of all devices, or results/<name>.md."""
 
     def content(marked: re.Match[str]) -> str:
         begin, name, end = marked.groups()
-        new = section() if name == "benchmarks" else (RESULTS / f"{name}.md").read_text(encoding="utf-8").strip()
+        new = (
+            section(name)
+            if name in ("benchmarks", "sampled")
+            else (RESULTS / f"{name}.md").read_text(encoding="utf-8").strip()
+        )
         return f"{begin}\n{new}\n{end}"
 
     return re.sub(r"(<!-- (\S+): begin -->)\n.*?(<!-- \2: end -->)", content, text, flags=re.DOTALL)
