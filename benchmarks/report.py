@@ -11,6 +11,7 @@ from benchmarks.contestants import CONTESTANTS, NAIVE, OURS, rank
 from benchmarks.table import RESULTS, Row, read
 
 ROOT = Path(__file__).parent.parent
+SECTIONS = ("benchmarks", "sampled")
 READMES = (ROOT / "README.md", ROOT / "hdpo_kernels" / "README.md")
 
 
@@ -142,7 +143,7 @@ def section(name: str, folder: Path = RESULTS) -> str:
     for device in ("cpu", "cuda"):
         rows = [row for row in read(folder / f"{device}.csv") if (row["question"] == "sampled") == (name == "sampled")]
         if not rows:
-            blocks.append(f"On {device.upper()}: not measured yet ({_again(name, device)}`).")
+            blocks.append(f"On {device.upper()}: not measured yet (`{_again(name, device)}`).")
             continue
         machines = " and ".join(dict.fromkeys(f"{row['device']}, torch {row['torch']}" for row in rows))
         commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
@@ -169,11 +170,8 @@ def filled_in(text: str) -> str:
 
     def content(marked: re.Match[str]) -> str:
         begin, name, end = marked.groups()
-        new = (
-            section(name)
-            if name in ("benchmarks", "sampled")
-            else (RESULTS / f"{name}.md").read_text(encoding="utf-8").strip()
-        )
+        file = RESULTS / f"{name}.md"
+        new = section(name) if name in SECTIONS else file.read_text(encoding="utf-8").strip()
         return f"{begin}\n{new}\n{end}"
 
     return re.sub(r"(<!-- (\S+): begin -->)\n.*?(<!-- \2: end -->)", content, text, flags=re.DOTALL)

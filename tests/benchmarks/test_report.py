@@ -46,9 +46,9 @@ def test_tables_leave_out_what_was_not_measured():
 
 
 def test_section_without_results_says_so(tmp_path):
-    assert report.section(tmp_path).count("not measured yet") == 2
+    assert report.section("benchmarks", tmp_path).count("not measured yet") == 2
     example().write(tmp_path)
-    text = report.section(tmp_path)
+    text = report.section("benchmarks", tmp_path)
     assert "On CUDA: not measured yet" in text and "On CPU" not in text and "1,234 ms" in text
 
 
