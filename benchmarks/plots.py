@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
 from benchmarks.contestants import OURS, rank
-from benchmarks.table import Row
+from benchmarks.table import Row, natural
 
 _COLORS = ["C0", "C1", "C2", "C4", "C5", "C6", "C8", "C9", "navy"]  # neither our red nor the floors' gray
 _PANELS = {"loss": "forward + backward", "forward": "forward only", "train_step": "one optimizer step"}
@@ -114,7 +114,7 @@ def _sampled(rows: Sequence[Row]) -> Figure | None:
     rows = [row for row in rows if row["question"] == "sampled" and row["metric"] in metrics]
     if not rows:
         return None
-    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    shapes = sorted({row["shape"] for row in rows}, key=natural)
     figure = Figure(figsize=(3.4 * len(shapes), 5.6), layout="constrained")
     axes = figure.subplots(len(metrics), len(shapes), squeeze=False)
     for (metric, label), line in zip(metrics.items(), axes, strict=True):

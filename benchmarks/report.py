@@ -8,7 +8,7 @@ from typing import NamedTuple
 from benchmarks import plots, sampled
 from benchmarks.contest import OUR_RATIO
 from benchmarks.contestants import CONTESTANTS, NAIVE, OURS, rank
-from benchmarks.table import RESULTS, Row, read
+from benchmarks.table import RESULTS, Row, natural, read
 
 ROOT = Path(__file__).parent.parent
 SECTIONS = ("benchmarks", "sampled")
@@ -76,7 +76,7 @@ def _table(rows: Sequence[Row], pivot: Pivot) -> list[str]:
         return []
     columns = sorted({contestant for _, contestant in figures}, key=rank)
     lines = [f"| {pivot.title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for shape in sorted({shape for shape, _ in figures}, key=_natural):
+    for shape in sorted({shape for shape, _ in figures}, key=natural):
         cells = [figures.get((shape, name)) or statuses.get((shape, name), "").split(":")[0] for name in columns]
         lines.append(f"| {shape} | {' | '.join(cells)} |")
     return ["\n".join(lines), *_reasons(rows, columns)]
@@ -99,7 +99,7 @@ def _sampled_table(rows: Sequence[Row]) -> list[str]:
     figures = {(row["shape"], row["contestant"], row["metric"]): _figure(row) for row in rows if row["metric"]}
     measured = {(shape, contestant) for shape, contestant, _ in figures}
     lines: dict[str, int] = {}  # shape: exponent of ε
-    for shape in sorted({row["shape"] for row in rows}, key=_natural):
+    for shape in sorted({row["shape"] for row in rows}, key=natural):
         for exponent in sampled.EXPONENTS:
             if (shape, sampled.SAMPLED.format(exponent)) in measured:
                 lines.setdefault(shape, exponent)
@@ -130,11 +130,6 @@ def _figure(row: Row) -> str:
 def _number(text: str) -> str:
     value = float(text)
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def _natural(shape: str) -> list[tuple[int, str]]:
-    """Sorts numbers inside a name by their size."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", shape)]
 
 
 def section(name: str, folder: Path = RESULTS) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import re
 import subprocess
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -68,6 +69,11 @@ def read(path: Path) -> list[Row]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def natural(shape: str) -> list[tuple[int, str]]:
+    """A key that sorts numbers inside a name by their size."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", shape)]
 
 
 @functools.cache
