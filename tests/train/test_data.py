@@ -124,10 +124,11 @@ def chat_tokenizer():
 
 @pytest.fixture
 def library_log(caplog):
-    """What the libraries log; their loggers do not pass it on by themselves."""
+    """What the libraries log from warnings on; their loggers do not pass it on by themselves."""
     loggers = [logging.getLogger(name) for name in ("datasets", "transformers")]
     for logger in loggers:
         logger.addHandler(caplog.handler)
+        caplog.set_level(logging.WARNING, logger.name)  # whatever an earlier test's command has set
     yield caplog
     for logger in loggers:
         logger.removeHandler(caplog.handler)
