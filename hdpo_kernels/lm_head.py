@@ -121,19 +121,23 @@ class LMHead:
         """
         for first in range(start, end, self.tile_rows):
             rows = slice(first, min(first + self.tile_rows, end))
-            stats = self._stats(rows, self._grad[first - start : rows.stop - start] if self.with_grad else None)
+            grad_out: Tensor | Sampling | None = None
+            if self.with_grad:
+                grad_out = self._grad[first - start : rows.stop - start]
+            elif self.sampling is not None:
+                grad_out = self.sampling.rows(rows)
+            stats = self._stats(rows, grad_out)
             self.logp[rows], self.entropy[rows] = stats.logp, stats.entropy
         return self._grad[: end - start]
 
-    def _stats(self, rows: slice, grad_out: Tensor | None) -> RowStats:
+    def _stats(self, rows: slice, grad_out: Tensor | Sampling | None) -> RowStats:
         hidden, labels = self.hidden[rows], self.labels[rows]
         head = {"bias": self.bias, "softcap": self.options.softcap, "logit_scale": self.options.logit_scale}
         if self._fused:
             return self._fused(hidden, self.weight, labels, **head)
         logits = self._logits[: len(hidden)]
         mm_into(logits, hidden, self.weight.T)
-        sampling = None if self.sampling is None else self.sampling.rows(rows)
-        return backend(logits).row_stats(logits, labels, grad_out=grad_out, sampling=sampling, **head)
+        return backend(logits).row_stats(logits, labels, grad_out=grad_out, **head)
 
     def thin(self, start: int, end: int, scale: Tensor) -> Tensor:
         """scale_t h_t for rows start … end, rows that are not scored zero whatever they hold: 0 · NaN is NaN."""

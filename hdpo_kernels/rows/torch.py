@@ -32,8 +32,8 @@ def row_stats(
     bias: Tensor | None = None,  # (V,)
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    grad_out: Tensor | None = None,  # (n, V) any dtype, may be logits: receives ∂logp/∂logits, zero rows at label -100
-    sampling: Sampling | None = None,  # its entries receive the same, rounded; none at label -100
+    # Receives ∂logp/∂logits, zero at label -100: (n, V) of any dtype, may be logits; or entries, rounded.
+    grad_out: Tensor | Sampling | None = None,
     overwrite: bool = True,  # the logits may be used as scratch
 ) -> RowStats:
     n, vocab = logits.shape
@@ -55,7 +55,7 @@ def row_stats(
         tanh = None
         if softcap is not None:
             z.div_(softcap).tanh_()
-            tanh = z.clone() if grad_out is not None or sampling is not None else None
+            tanh = z.clone() if grad_out is not None else None
             z.mul_(softcap)
 
         torch.amax(z, 1, out=top[rows])
@@ -69,10 +69,11 @@ def row_stats(
         torch.sum(z.mul_(p), 1, out=sum_pz[rows])
         if not sum_pz[rows].isfinite().all():  # 0 · −inf from a vocabulary entry switched off by a bias of −inf
             torch.sum(z.masked_fill_(p == 0, 0), 1, out=sum_pz[rows])
-        if sampling is not None:
-            p.div_(total[rows].unsqueeze(1))
-            _sample(p, y[rows], valid[rows], scored[rows], tanh, logit_scale, sampling.rows(rows))
         if grad_out is None:
+            continue
+        if isinstance(grad_out, Sampling):
+            p.div_(total[rows].unsqueeze(1))
+            _sample(p, y[rows], valid[rows], scored[rows], tanh, logit_scale, grad_out.rows(rows))
             continue
 
         torch.threshold_(p, _FLUSH_BELOW, 0.0)

@@ -176,8 +176,8 @@ def row_stats(
     bias: Tensor | None = None,  # (V,)
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    grad_out: Tensor | None = None,  # (n, V) any dtype, may be logits: receives ∂logp/∂logits, zero rows at label -100
-    sampling: Sampling | None = None,  # its entries receive the same, rounded; none at label -100
+    # Receives ∂logp/∂logits, zero at label -100: (n, V) of any dtype, may be logits; or entries, rounded.
+    grad_out: Tensor | Sampling | None = None,
     overwrite: bool = True,  # the logits may be used as scratch
 ) -> RowStats:
     n, vocab = logits.shape
@@ -191,14 +191,14 @@ def row_stats(
     _row_stats_kernel[(n,)](
         logits, logits.stride(0), labels, bias_or_dummy, top, log_total, logp, entropy, *scalars, **head
     )
-    if sampling is not None:
-        epsilon, draws, entries = sampling
+    if isinstance(grad_out, Sampling):
+        epsilon, draws, entries = grad_out
         narrow = {**head, "BLOCK_V": min(SAMPLE_BLOCK_V, block_v), "num_warps": SAMPLE_NUM_WARPS}
         _row_sample_kernel[(n,)](
             logits, logits.stride(0), labels, bias_or_dummy, top, log_total, draws, *entries, vocab,
             entries.columns.shape[1], epsilon, *scalars[1:], **narrow,
         )  # fmt: skip
-    if grad_out is not None:
+    elif grad_out is not None:
         _row_grad_kernel[(n, triton.cdiv(vocab, block_v))](
             logits, logits.stride(0), grad_out, grad_out.stride(0), labels, bias_or_dummy, top, log_total, *scalars,
             **head,

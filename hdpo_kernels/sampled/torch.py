@@ -14,10 +14,9 @@ _UPCAST_COLUMNS = 512  # columns of a low-precision table upcast at a time: 64 M
 
 def gather(entries: Entries, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """d_hidden (n, H) = scale_t · Σ_j values_tj · weight[columns_tj]"""
-    kept = _kept(entries)
-    values = (entries.values * scale.unsqueeze(1))[kept]
-    starts = _starts(entries.counts)
-    return _bags(entries.columns[kept], starts, values, weight, dtype)
+    _, columns, values = _flat(entries, scale)
+    starts = entries.counts.cumsum(0, dtype=torch.int32) - entries.counts
+    return _bags(columns, starts, values, weight, dtype)
 
 
 def gather_transposed(
@@ -30,17 +29,22 @@ def gather_transposed(
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """d_weight (V, H) and d_bias (V,), those that are needed: Σ_t scale_t values_tj (h_t and 1) at v = columns_tj."""
-    kept = _kept(entries)
-    columns, order = entries.columns[kept].sort(stable=True)
-    values = (entries.values * scale.unsqueeze(1))[kept][order]
+    rows, columns, values = _flat(entries, scale)
+    columns, order = columns.sort(stable=True)
+    rows, values = rows[order], values[order]
     starts = torch.searchsorted(columns, torch.arange(vocab, dtype=torch.int32, device=columns.device), out_int32=True)
-    d_weight = d_bias = None
-    if need_weight:
-        rows = kept.nonzero()[:, 0][order].int()
-        d_weight = _bags(rows, starts, values, hidden, dtype)
-    if need_bias:
-        d_bias = _bags(torch.zeros_like(columns), starts, values, values.new_ones(1, 1), dtype).squeeze(1)
+    d_weight = _bags(rows, starts, values, hidden, dtype) if need_weight else None
+    ones = values.new_ones(1, 1)
+    d_bias = _bags(torch.zeros_like(rows), starts, values, ones, dtype).squeeze(1) if need_bias else None
     return d_weight, d_bias
+
+
+def _flat(entries: Entries, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, column and scaled value of every entry, row by row."""
+    columns, values, counts = entries
+    kept = torch.arange(columns.shape[1], device=counts.device) < counts.unsqueeze(1)
+    rows = torch.arange(len(counts), dtype=torch.int32, device=counts.device).repeat_interleave(counts)
+    return rows, columns[kept], values[kept] * scale[rows]
 
 
 def _bags(indices: Tensor, starts: Tensor, values: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
@@ -51,12 +55,3 @@ def _bags(indices: Tensor, starts: Tensor, values: Tensor, table: Tensor, dtype:
     for part, result in zip(table.split(_UPCAST_COLUMNS, 1), out.split(_UPCAST_COLUMNS, 1), strict=True):
         result.copy_(F.embedding_bag(indices, part.to(values.dtype), starts, mode="sum", per_sample_weights=values))
     return out
-
-
-def _kept(entries: Entries) -> Tensor:
-    """(n, B): which entries mean something."""
-    return torch.arange(entries.columns.shape[1], device=entries.counts.device) < entries.counts.unsqueeze(1)
-
-
-def _starts(counts: Tensor) -> Tensor:
-    return counts.cumsum(0, dtype=torch.int32) - counts

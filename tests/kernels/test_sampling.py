@@ -27,7 +27,7 @@ def device(rows) -> str:
 def sample(rows, logits: Tensor, labels: Tensor, epsilon: float, draws: Tensor | None = None, **options) -> Entries:
     draws = draw(len(logits), logits.device) if draws is None else draws
     entries = new_entries(len(logits), epsilon, torch.promote_types(logits.dtype, torch.float32), logits.device)
-    rows.row_stats(logits.clone(), labels.contiguous(), sampling=Sampling(epsilon, draws, entries), **options)
+    rows.row_stats(logits.clone(), labels.contiguous(), grad_out=Sampling(epsilon, draws, entries), **options)
     return entries
 
 
@@ -144,7 +144,7 @@ def test_a_small_epsilon_gives_the_exact_row(rows, device):
         torch.empty(6, 97, device=device),
         torch.empty(6, dtype=torch.int32, device=device),
     )
-    rows.row_stats(logits.clone(), labels, sampling=Sampling(2.0**-30, draw(6, logits.device), entries), softcap=3.0)
+    rows.row_stats(logits.clone(), labels, grad_out=Sampling(2.0**-30, draw(6, logits.device), entries), softcap=3.0)
     torch.testing.assert_close(dense(entries, 97), exact(logits, labels, softcap=3.0), rtol=1e-5, atol=2e-6)
 
 
