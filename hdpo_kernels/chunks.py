@@ -5,6 +5,7 @@ run. Either it holds several whole pairs in one piece, or it is one pair too lon
 cut into pieces. No piece has more than `max_rows` rows, so memory is bounded at any length.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,24 +26,28 @@ class Chunk(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
-def plan_chunks(cu_seqlens: Sequence[int], max_rows: int) -> list[Chunk]:
+def plan_chunks(cu_seqlens: Sequence[int], max_rows: int, rows: Sequence[int] | None = None) -> list[Chunk]:
     """Chunks that cover every row once, pairs of more than `max_rows` rows first.
 
     Long pairs come first because the first of them may gather its unscaled weight gradient in the still empty
     d_weight: one pair of any length then needs no second buffer of V × H.
+
+    rows: of each pair, at least those that cu_seqlens says: what decides. Where ranks share sequences, the most that
+    one of them has: all then plan the same chunks, each with its own pieces.
     """
-    num_pairs = (len(cu_seqlens) - 1) // 2
-    rows = [cu_seqlens[2 * p + 2] - cu_seqlens[2 * p] for p in range(num_pairs)]
-    long = [Chunk(p, p + 1, _cut_pair(cu_seqlens, p, max_rows)) for p in range(num_pairs) if rows[p] > max_rows]
+    if rows is None:
+        rows = [end - start for start, end in itertools.pairwise(cu_seqlens[::2])]
+    long = [Chunk(p, p + 1, _cut_pair(cu_seqlens, p, max_rows)) for p, count in enumerate(rows) if count > max_rows]
     whole: list[Chunk] = []
-    first = 0
-    for p in range(num_pairs + 1):
+    first = total = 0
+    for p, count in enumerate([*rows, max_rows + 1]):
         # A run of whole pairs ends at the end, before a long pair, and where the next pair does not fit any more.
-        if p == num_pairs or cu_seqlens[2 * p + 2] - cu_seqlens[2 * first] > max_rows:
+        if total + count > max_rows:
             if p > first:
                 start, end = cu_seqlens[2 * first], cu_seqlens[2 * p]
                 whole.append(Chunk(first, p, (Piece(start, end, 2 * p - 1),)))
-            first = p + 1 if p < num_pairs and rows[p] > max_rows else p
+            first, total = (p + 1, 0) if count > max_rows else (p, 0)
+        total += count if count <= max_rows else 0
     return long + whole
 
 

@@ -19,6 +19,7 @@ from hdpo_kernels.checks import check_label_values
 from hdpo_kernels.chunks import rows_for
 from hdpo_kernels.gemm import addmm_into, mm_into
 from hdpo_kernels.naive import IGNORE_INDEX
+from hdpo_kernels.parallel import VocabShard
 from hdpo_kernels.rows import backend, fused_forward
 from hdpo_kernels.rows.torch import RowStats
 from hdpo_kernels.sampled.entries import Sampling
@@ -88,6 +89,7 @@ class LMHead:
         dtype: torch.dtype,
         with_grad: bool,
         sampling: Sampling | None = None,
+        shard: VocabShard | None = None,  # of the vocabulary, if other ranks have more of it
     ) -> None:
         self.hidden, self.weight, self.labels = hidden.to(dtype), weight.to(dtype), labels
         self.bias = None if bias is None else bias.to(dtype).contiguous()
@@ -96,10 +98,12 @@ class LMHead:
         self.dtype = full_precision(dtype)
         self.logp = torch.zeros(num_rows, dtype=self.dtype, device=hidden.device)
         self.entropy = torch.zeros_like(self.logp)
-        self._fused = None if with_grad or sampling else fused_forward(self.hidden, self.weight)
+        self._merge = shard.merge if shard is not None and shard.cut else None
+        self._fused = None if with_grad or sampling or self._merge else fused_forward(self.hidden, self.weight)
+        largest = vocab if shard is None else shard.largest  # ranks must cut rows alike
         self.piece_rows, self.tile_rows = rows_for(
-            options.chunk_bytes or _default_chunk_bytes(hidden.device, vocab),
-            vocab,
+            options.chunk_bytes or _default_chunk_bytes(hidden.device, largest),
+            largest,
             self.dtype.itemsize,
             dtype.itemsize if with_grad else None,
         )
@@ -137,7 +141,7 @@ class LMHead:
             return self._fused(hidden, self.weight, labels, **head)
         logits = self._logits[: len(hidden)]
         mm_into(logits, hidden, self.weight.T)
-        return backend(logits).row_stats(logits, labels, grad_out=grad_out, **head)
+        return backend(logits).row_stats(logits, labels, grad_out=grad_out, merge=self._merge, **head)
 
     def thin(self, start: int, end: int, scale: Tensor) -> Tensor:
         """scale_t h_t for rows start … end, rows that are not scored zero whatever they hold: 0 · NaN is NaN."""

@@ -6,8 +6,10 @@
 N scored rows, V vocabulary, H hidden size, S = 2P sequences interleaved chosen, rejected.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, astuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,8 +31,12 @@ from hdpo_kernels.logp import compute_dtype, linear_logp, needs_grad
 from hdpo_kernels.naive import IGNORE_INDEX, HDPOLoss, TokenLogp
 from hdpo_kernels.ops import operator
 from hdpo_kernels.pair import PairOptions
+from hdpo_kernels.parallel import Ranks, VocabShard, sum_over_ranks
 from hdpo_kernels.rows import backend
 from hdpo_kernels.sequence import sequence_of_row, sequence_sum
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def linear_hdpo_loss(
@@ -51,6 +57,8 @@ def linear_hdpo_loss(
     gradient: str = "exact",
     epsilon: float = 2**-10,
     chunk_bytes: int | None = None,
+    tp_group: "ProcessGroup | None" = None,
+    sp_group: "ProcessGroup | None" = None,
 ) -> HDPOLoss:
     """Entropy-controllable DPO (H-DPO, arXiv 2411.07595) from hidden states, without ever holding (N, V) logits.
 
@@ -66,7 +74,13 @@ def linear_hdpo_loss(
     gradient: "exact", 3 GEMMs; or "sampled", 1 GEMM: rows of ∂loss/∂logits are rounded, without bias, to at most
     1/epsilon + 2 entries, see `linear_logp`. epsilon in (0, 0.5]: smaller is less noise, more entries.
     bias (V,). chunk_bytes: most bytes of logits and their gradient held at a time (on a CPU kept for the thread's next
-    call). Under torch.compile pass cu_seqlens as a CPU tensor: a list is compiled into the graph.
+    call).
+    tp_group: ranks that each have a run of rows of weight (and bias), in the order of ranks, and the same hidden and
+    labels (numbers of the whole vocabulary). Every rank gets the loss, all of d_hidden, and d_weight of its own rows.
+    sp_group: ranks that each have some tokens of the same S sequences, cu_seqlens being this rank's (a sequence may
+    have none here), and all of weight. Every rank gets the loss, its d_hidden, and its tokens' part of d_weight, which
+    is to be summed over the group like the gradients of the rest of the model.
+    Under torch.compile pass cu_seqlens as a CPU tensor: a list is compiled into the graph.
 
     Returns HDPOLoss(loss, logps, entropy, chosen_rewards, rejected_rewards, margins); only `loss` carries a gradient.
     Exact gradients are formed in forward where they are needed and consumed by the first backward. A NaN or inf in the
@@ -80,23 +94,34 @@ def linear_hdpo_loss(
     check_gradient(gradient, epsilon, weight.shape[0])
     cu_seqlens = as_boundaries(cu_seqlens, pairs=True)
     check_ref_logps(ref_logps, cu_seqlens.shape[0] - 1, hidden.device)
+    tp_name, sp_name = (None if group is None else group.group_name for group in (tp_group, sp_group))
     if gradient == "sampled":
+        if tp_name is not None:
+            raise ValueError("gradient='sampled' draws along the whole vocabulary; with tp_group use gradient='exact'")
         head = {**asdict(head_options), "bias": bias, "gradient": gradient, "epsilon": epsilon}
-        return _token_by_token(linear_logp(hidden, weight, labels, **head), labels, cu_seqlens, ref_logps, pair_options)
+        token = linear_logp(hidden, weight, labels, **head)
+        return _token_by_token(token, labels, cu_seqlens, ref_logps, pair_options, sp_name)
     inputs = (hidden, weight, bias, labels, ref_logps, cu_seqlens)
-    options = (*astuple(head_options), *astuple(pair_options))
+    options = (*astuple(head_options), *astuple(pair_options), tp_name, sp_name)
     return _unpack(LinearHDPOLoss.apply(*inputs, *options, compute_dtype(hidden), needs_grad(hidden, weight, bias)))
 
 
 def _token_by_token(
-    token: TokenLogp, labels: Tensor, cu_seqlens: Tensor, ref_logps: Tensor | None, options: PairOptions
+    token: TokenLogp,
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    ref_logps: Tensor | None,
+    options: PairOptions,
+    sp_name: str | None,
 ) -> HDPOLoss:
     """The diagram as it stands, differentiated by autograd: c reaches `linear_logp` as the gradient of logp."""
     dtype, device = token.logp.dtype, token.logp.device
-    lengths = sequence_sum((labels != IGNORE_INDEX).to(device, dtype, non_blocking=True), cu_seqlens)
+    scored = (labels != IGNORE_INDEX).to(device, dtype, non_blocking=True)
+    values = (token.logp, token.entropy.detach(), scored)
+    logps, entropy, lengths = (sum_over_ranks(sequence_sum(x, cu_seqlens), sp_name) for x in values)
     ref_logps = None if ref_logps is None else ref_logps.to(dtype)
-    result = pair.evaluate(sequence_sum(token.logp, cu_seqlens), ref_logps, lengths, options)
-    return result._replace(entropy=sequence_sum(token.entropy.detach(), cu_seqlens) / lengths.clamp(min=1))
+    result = pair.evaluate(logps, ref_logps, lengths, options)
+    return result._replace(entropy=entropy / lengths.clamp(min=1))
 
 
 def _fake_linear_hdpo_loss(hidden, weight, bias, labels, ref_logps, cu_seqlens, *options):
@@ -123,6 +148,8 @@ def _linear_hdpo_loss(
     loss_type: str,
     label_smoothing: float,
     nll_weight: float,
+    tp_name: str | None,
+    sp_name: str | None,
     dtype: torch.dtype,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
@@ -132,19 +159,21 @@ def _linear_hdpo_loss(
     and d_bias in full precision.
     """
     options = PairOptions(alpha, beta, loss_type, label_smoothing, nll_weight)
-    rows = ScoredRows(labels, weight.shape[0], hidden.device)
+    tp, sp = Ranks(tp_name), Ranks(sp_name)
+    shard = VocabShard(tp, weight.shape[0], hidden.device)
+    rows = ScoredRows(labels, shard.total, hidden.device)
     bounds = rows.boundaries(boundaries(cu_seqlens, hidden.shape[0]))
     with torch.autocast(hidden.device.type, enabled=False):
         head = LMHead(
-            rows.select(hidden), weight, bias, rows.labels, HeadOptions(softcap, logit_scale, chunk_bytes), dtype,
-            any(needs),
+            rows.select(hidden), weight, bias, shard.own_labels(rows.labels),
+            HeadOptions(softcap, logit_scale, chunk_bytes), dtype, any(needs), shard=shard,
         )  # fmt: skip
-        lengths = _scored_lengths(head.labels, bounds, head.dtype)
+        lengths = sp.sum(_scored_lengths(head.labels, bounds, head.dtype))
         ref_logps = None if ref_logps is None else ref_logps.to(head.dtype)
-        logps, coefficients, d_hidden, d_weight = _one_pass(head, bounds, lengths, ref_logps, options, needs)
+        logps, coefficients, d_hidden, d_weight = _one_pass(head, bounds, lengths, ref_logps, options, needs, sp)
         result = pair.evaluate(logps, ref_logps, lengths, options)
-        entropy = backend(head.entropy).sequence_sum(head.entropy, bounds) / lengths.clamp(min=1)
-    grads = [] if d_hidden is None else [rows.spread(d_hidden)]
+        entropy = sp.sum(backend(head.entropy).sequence_sum(head.entropy, bounds)) / lengths.clamp(min=1)
+    grads = [] if d_hidden is None else [rows.spread(tp.sum(d_hidden))]
     grads += [acc for acc in d_weight.total() if acc is not None]
     row_scale = rows.spread(coefficients[sequence_of_row(bounds, hidden.device)]) if any(needs) else logps.new_empty(0)
     return result.loss, logps, entropy, _rewards(result), row_scale, grads
@@ -157,8 +186,12 @@ def _one_pass(
     ref_logps: Tensor | None,  # (S,)
     options: PairOptions,
     needs: list[bool],
+    sp: Ranks,
 ) -> tuple[Tensor, Tensor, Tensor | None, WeightGrad]:
-    """logps (S,), c (S,), d_hidden (N, H) to be multiplied by c of each row's sequence, d_weight."""
+    """logps (S,), c (S,), d_hidden (N, H) to be multiplied by c of each row's sequence, d_weight.
+
+    lengths, logps and c are of sequences over all ranks of sp, d_hidden and d_weight of the rows here.
+    """
     num_pairs = len(cu_seqlens) // 2
     a, k = pair.sequence_coefficients(num_pairs, lengths, options)
     unit = options.gradient_unit(num_pairs)
@@ -167,7 +200,8 @@ def _one_pass(
     d_weight = WeightGrad(head, *needs[1:])
     spare = None  # a second buffer for d_weight, made when a long pair needs one
 
-    for first, last, pieces in plan_chunks(cu_seqlens, head.piece_rows):
+    most_rows = sp.highest([end - start for start, end in itertools.pairwise(cu_seqlens[::2])], lengths.device)
+    for first, last, pieces in plan_chunks(cu_seqlens, head.piece_rows, most_rows):
         seqs = slice(2 * first, 2 * last)
         rows = slice(cu_seqlens[seqs.start], cu_seqlens[seqs.stop])
         bounds = [b - rows.start for b in cu_seqlens[seqs.start : seqs.stop + 1]]
@@ -189,7 +223,7 @@ def _one_pass(
                     # the chosen sequence is complete, and the nll term's share of it known
                     d_weight.fold(gathered, k[sequence] / a[sequence])
 
-        logps[seqs] = backend(head.logp).sequence_sum(head.logp[rows], bounds)
+        logps[seqs] = sp.sum(backend(head.logp).sequence_sum(head.logp[rows], bounds))
         if not any(needs):
             continue
         slope = pair.slope(logps[seqs], None if ref_logps is None else ref_logps[seqs], lengths[seqs], options)
@@ -198,7 +232,7 @@ def _one_pass(
             d_weight.scale(slope)
         elif gathered is not None:
             d_weight.fold(gathered, slope)
-        elif d_weight.wanted:
+        elif d_weight.wanted and pieces:
             per_row = coefficients[seqs][sequence_of_row(bounds, lengths.device)]
             d_weight.add(head, grad, rows.start, rows.stop, per_row, unit)
     return logps, coefficients, d_hidden, d_weight

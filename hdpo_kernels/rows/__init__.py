@@ -1,7 +1,8 @@
 """Row operations on logits, the only part with two implementations: Triton kernels, and torch where those do not run.
 
 Both modules have the same two functions:
-    row_stats(logits, labels, bias=, softcap=, logit_scale=, grad_out=, overwrite=)  -> RowStats(lse, logp, entropy)
+    row_stats(logits, labels, bias=, softcap=, logit_scale=, grad_out=, overwrite=, merge=)
+        -> RowStats(lse, logp, entropy)
     sequence_sum(values, cu_seqlens)  -> (S,)
 """
 

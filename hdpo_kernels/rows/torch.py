@@ -5,6 +5,7 @@ passes cost about as much memory traffic as two.
 """
 
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,10 @@ def row_stats(
     # Receives ∂logp/∂logits, zero at label -100: (n, V) of any dtype, may be logits; or entries, rounded.
     grad_out: Tensor | Sampling | None = None,
     overwrite: bool = True,  # the logits may be used as scratch
+    merge: Callable[[Tensor], Tensor] | None = None,  # logits are a shard of the vocabulary: see parallel.VocabShard
 ) -> RowStats:
+    if merge is not None:
+        return _sharded_row_stats(logits, labels, bias, softcap, logit_scale, grad_out, merge)
     n, vocab = logits.shape
     dtype = torch.promote_types(logits.dtype, torch.float32)
     top, total, largest, label_z, sum_pz = torch.empty(5, n, dtype=dtype, device=logits.device)
@@ -90,6 +94,39 @@ def row_stats(
     log_total = (total / largest).log_()
     logp = (label_z - log_total).masked_fill_(~valid, torch.nan).masked_fill_(~scored, 0)
     return RowStats(top + log_total, logp, torch.where(scored, log_total - sum_pz / total, 0))
+
+
+def _sharded_row_stats(
+    logits: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    grad_out: Tensor | Sampling | None,
+    merge: Callable[[Tensor], Tensor],
+) -> RowStats:
+    """In two passes: what is merged is known after the first."""
+    assert not isinstance(grad_out, Sampling)
+    scored = labels != IGNORE_INDEX
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    z = (z if bias is None else z + bias) * logit_scale
+    tanh = None
+    if softcap is not None:
+        tanh = (z / softcap).tanh_()
+        z = softcap * tanh
+    top = z.amax(1)
+    log_total = (z - top.unsqueeze(1)).exp_().sum(1).log_()
+    own = row_stats(z, labels, overwrite=False)
+    top, log_total, logp, entropy = merge(torch.stack([top, log_total, own.logp, own.entropy]))
+    if grad_out is not None:
+        p = (z - top.unsqueeze(1)).sub_(log_total.unsqueeze(1)).exp_()
+        grad = torch.threshold_(p, _FLUSH_BELOW, 0.0).neg_()
+        here = scored & (labels >= 0) & (labels < z.shape[1])
+        grad.scatter_add_(1, labels.masked_fill(~here, 0).unsqueeze(1), here.unsqueeze(1).to(grad.dtype))
+        if tanh is not None:
+            grad.mul_(1 - tanh.square())
+        grad_out.copy_(grad.mul_(logit_scale).masked_fill_(~scored.unsqueeze(1), 0))
+    return RowStats(top + log_total, logp.masked_fill(~scored, 0), entropy.masked_fill(~scored, 0))
 
 
 def _sample(

@@ -4,6 +4,8 @@ n rows, V vocabulary. Logits of any dtype are read as fp32; statistics are fp32.
 with a stride: n · V passes 2³¹ at 16k tokens and a 128k vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -179,6 +181,7 @@ def row_stats(
     # Receives ∂logp/∂logits, zero at label -100: (n, V) of any dtype, may be logits; or entries, rounded.
     grad_out: Tensor | Sampling | None = None,
     overwrite: bool = True,  # the logits may be used as scratch
+    merge: Callable[[Tensor], Tensor] | None = None,  # logits are a shard of the vocabulary: see parallel.VocabShard
 ) -> RowStats:
     n, vocab = logits.shape
     top, log_total, logp, entropy = torch.empty(4, n, dtype=torch.float32, device=logits.device)
@@ -191,6 +194,10 @@ def row_stats(
     _row_stats_kernel[(n,)](
         logits, logits.stride(0), labels, bias_or_dummy, top, log_total, logp, entropy, *scalars, **head
     )
+    if merge is not None:
+        ignored = labels == IGNORE_INDEX
+        top, log_total, logp, entropy = merge(torch.stack([top, log_total, logp, entropy]))
+        logp, entropy = logp.masked_fill(ignored, 0), entropy.masked_fill(ignored, 0)
     if isinstance(grad_out, Sampling):
         epsilon, draws, entries = grad_out
         narrow = {**head, "BLOCK_V": min(SAMPLE_BLOCK_V, block_v), "num_warps": SAMPLE_NUM_WARPS}

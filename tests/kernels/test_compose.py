@@ -119,7 +119,7 @@ def test_operators_pass_opcheck(needs, bias):
     entries = ops.linear_logp(hidden, weight, b, INPUTS.labels, draws, 2**-5, *head, torch.float32)[2]
     calls = [
         (ops.linear_hdpo_loss, (hidden, weight, b, INPUTS.labels, INPUTS.ref_logps, CU_SEQLENS, *head, *PAIR_OPTIONS,
-                                torch.float32, needs)),
+                                None, None, torch.float32, needs)),
         (ops.hdpo_loss, (hidden @ weight.T, INPUTS.labels, None, CU_SEQLENS, *head[:2], *PAIR_OPTIONS, needs[0])),
         (ops.linear_logp, (hidden, weight, b, INPUTS.labels, None, 0.5, *head, torch.bfloat16)),
         (ops.linear_logp, (hidden, weight, b, INPUTS.labels, draws, 2**-5, *head, torch.bfloat16)),
