@@ -202,7 +202,8 @@ def full_precision(dtype: torch.dtype) -> torch.dtype:
 
 def times(acc: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """factor · acc, rounded once to dtype; overwrites acc where that is of dtype already."""
-    if factor.device.type == "cpu" and not torch.compiler.is_compiling() and factor == 1 and acc.dtype == dtype:
+    looks = type(factor) is Tensor and not torch.compiler.is_compiling()  # a FakeTensor has no value
+    if looks and factor.device.type == "cpu" and factor == 1 and acc.dtype == dtype:
         return acc  # a pass over d_weight saved; on another device the look would be a sync
     return torch.mul(acc, factor, out=acc if acc.dtype == dtype else acc.new_empty(acc.shape, dtype=dtype))
 
