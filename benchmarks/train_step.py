@@ -20,7 +20,7 @@ WARM_UP, STEPS = 2, 6  # optimizer steps of a run
 
 
 class Setup(NamedTuple):
-    """A random Llama and what a batch is made of; half of every sequence is prompt."""
+    """A random Llama and what a batch is made of."""
 
     name: str
     vocab: int
@@ -30,19 +30,47 @@ class Setup(NamedTuple):
     heads: int
     kv_heads: int
     pairs: int  # in a batch
-    tokens: int  # in a sequence
+    tokens: int  # in a sequence, on average
+    prompt: float = 0.5  # share of a sequence
+    ragged: bool = False  # lengths between 0.4 and 1.6 times the average; otherwise all the same
 
     @property
-    def batch_tokens(self) -> int:
-        return 2 * self.pairs * self.tokens
+    def lengths(self) -> list[tuple[int, int, int]]:
+        """Tokens of prompt, chosen and rejected of every pair of a run."""
+        rng = random.Random(0)
+        prompt = round(self.prompt * self.tokens)
+
+        def draw(mean: int) -> int:
+            return round(mean * rng.uniform(0.4, 1.6)) if self.ragged else mean
+
+        pairs = range(self.pairs * (WARM_UP + STEPS))
+        return [(draw(prompt), draw(self.tokens - prompt), draw(self.tokens - prompt)) for _ in pairs]
+
+    @property
+    def batch_tokens(self) -> float:
+        """Of an average batch, prompts counted twice, as the loss is defined."""
+        return sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in self.lengths) / (WARM_UP + STEPS)
 
 
 def shapes(device: str, quick: bool) -> list[Setup]:
     if quick:
         return [Setup("Llama, 2 layers, V=1000 H=64", 1000, 64, 128, 2, 2, 2, 2, 64)]
     if device == "cpu":
-        return [Setup("Llama, 4 layers, V=32000 H=256", 32000, 256, 768, 4, 4, 4, 2, 256)]
-    return [Setup("Llama of Qwen2.5-0.5B's sizes", 151936, 896, 4864, 24, 14, 2, 4, 2048)]
+        small = Setup("Llama, 4 layers, V=32000 H=256", 32000, 256, 768, 4, 4, 4, 2, 256)
+        return [small, *_variants(small, short=128)]
+    llama = Setup("Llama of Qwen2.5-0.5B's sizes", 151936, 896, 4864, 24, 14, 2, 4, 2048)
+    long = [
+        llama._replace(name=f"{llama.name}, {tokens // 1024}k tokens", pairs=1, tokens=tokens)
+        for tokens in (8192, 32768)
+    ]
+    return [llama, *_variants(llama, short=256), *long]
+
+
+def _variants(setup: Setup, short: int) -> list[Setup]:
+    """Other shares of prompt, and lengths as people's answers have them: short and ragged."""
+    shares = [setup._replace(name=f"{setup.name}, {share:.0%} prompt", prompt=share) for share in (0.25, 0.75)]
+    pairs = setup.pairs * setup.tokens // short
+    return [*shares, setup._replace(name=f"{setup.name}, ragged", pairs=pairs, tokens=short, ragged=True)]
 
 
 def measure(table: Table, setup: Setup, contestants: Sequence[Contestant], rounds: int) -> None:
@@ -114,7 +142,7 @@ def _trainer(name: str, setup: Setup, device: str, folder: Path) -> Any:
     config = LlamaConfig(
         vocab_size=setup.vocab, hidden_size=setup.hidden_size, intermediate_size=setup.intermediate_size,
         num_hidden_layers=setup.layers, num_attention_heads=setup.heads, num_key_value_heads=setup.kv_heads,
-        max_position_embeddings=setup.tokens, tie_word_embeddings=True,
+        max_position_embeddings=2 * setup.tokens, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=setup.vocab - 2, pad_token_id=setup.vocab - 1,
     )  # fmt: skip
     options: dict[str, Any] = dict(
@@ -143,11 +171,9 @@ def _records(setup: Setup) -> list[dict[str, str]]:
     def words(count: int) -> str:
         return " ".join(str(rng.randrange(setup.vocab - 2)) for _ in range(count))
 
-    prompt, completion = setup.tokens // 2, setup.tokens - setup.tokens // 2 - 1
-    pairs = setup.pairs * (WARM_UP + STEPS)
     return [
-        {"prompt": words(prompt), "chosen": f" {words(completion)}", "rejected": f" {words(completion)}"}
-        for _ in range(pairs)
+        {"prompt": words(prompt), "chosen": f" {words(chosen - 1)}", "rejected": f" {words(rejected - 1)}"}
+        for prompt, chosen, rejected in setup.lengths
     ]
 
 

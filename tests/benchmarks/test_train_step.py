@@ -36,3 +36,12 @@ def test_measure_a_wrong_loss_is_not_timed(monkeypatch):
     train_step.measure(table, SETUP, CONTESTANTS, rounds=1)
     (row,) = [row for row in table.rows if row["contestant"] == TRL]
     assert row["status"] == "wrong: the loss starts at 0.9, not at log 2"
+
+
+def test_records_have_the_lengths_of_their_setup():
+    for setup in train_step.shapes("cpu", quick=False):
+        assert abs(setup.batch_tokens / (2 * setup.pairs) - setup.tokens) < 0.15 * setup.tokens
+        assert (len(set(setup.lengths)) > 1) == setup.ragged
+        words = [[len(record[key].split()) for key in ("prompt", "chosen", "rejected")]
+                 for record in train_step._records(setup)]  # fmt: skip
+        assert [(p, c + 1, r + 1) for p, c, r in words] == setup.lengths  # the EOS is the last one
