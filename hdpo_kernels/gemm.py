@@ -7,7 +7,7 @@ so that no full-precision copy of the weight exists.
 import torch
 from torch import Tensor
 
-_UPCAST_BLOCK = 8192  # vocabulary entries upcast at a time: 32 MiB for H = 1024
+UPCAST_BLOCK = 8192  # vocabulary entries upcast at a time: 32 MiB for H = 1024
 
 
 def mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -18,8 +18,8 @@ def mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
         a = a.to(out.dtype)
-        for v in range(0, b.shape[1], _UPCAST_BLOCK):
-            block = slice(v, v + _UPCAST_BLOCK)
+        for v in range(0, b.shape[1], UPCAST_BLOCK):
+            block = slice(v, v + UPCAST_BLOCK)
             torch.mm(a, b[:, block].to(out.dtype), out=out[:, block])
 
 
@@ -31,8 +31,8 @@ def addmm_into(acc: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: f
         torch.addmm(acc, a, b, out_dtype=acc.dtype, alpha=alpha, beta=beta, out=acc)
     else:
         b = b.to(acc.dtype)
-        for v in range(0, a.shape[0], _UPCAST_BLOCK):
-            block = slice(v, v + _UPCAST_BLOCK)
+        for v in range(0, a.shape[0], UPCAST_BLOCK):
+            block = slice(v, v + UPCAST_BLOCK)
             acc[block].addmm_(a[block].to(acc.dtype), b, alpha=alpha, beta=beta)
 
 

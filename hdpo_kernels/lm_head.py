@@ -101,17 +101,11 @@ class LMHead:
         self._merge = shard.merge if shard is not None and shard.cut else None
         self._fused = None if with_grad or sampling or self._merge else fused_forward(self.hidden, self.weight)
         largest = vocab if shard is None else shard.largest  # ranks must cut rows alike
-        self.piece_rows, self.tile_rows = rows_for(
-            options.chunk_bytes or _default_chunk_bytes(hidden.device, largest),
-            largest,
-            self.dtype.itemsize,
-            dtype.itemsize if with_grad else None,
+        self.piece_rows, self.tile_rows, tables = buffers_for(
+            num_rows, largest, dtype, with_grad, options.chunk_bytes, hidden.device
         )
         if self._fused:
-            self.piece_rows = self.tile_rows = max(num_rows, 1)
-        tables = [(0 if self._fused else min(self.tile_rows, num_rows), self.dtype)]
-        if with_grad and dtype != self.dtype:
-            tables.append((min(self.piece_rows, num_rows), dtype))
+            self.piece_rows, self.tile_rows, tables = max(num_rows, 1), max(num_rows, 1), [(0, self.dtype)]
         self._logits, *grad = _buffers(hidden.device, vocab, *tables)
         self._grad = grad[0] if grad else self._logits
 
@@ -149,6 +143,20 @@ class LMHead:
         # Rounded on the way out: no full-precision copy of the rows.
         scaled = torch.mul(hidden, scale.unsqueeze(1), out=torch.empty_like(hidden))
         return scaled.masked_fill_(ignored.unsqueeze(1), 0)
+
+
+def buffers_for(
+    num_rows: int, vocab: int, dtype: torch.dtype, with_grad: bool, chunk_bytes: int | None, device: torch.device
+) -> tuple[int, int, list[tuple[int, torch.dtype]]]:
+    """Rows of a piece, of a tile of logits, and (rows, dtype) of each buffer of V numbers a row."""
+    full = full_precision(dtype)
+    piece_rows, tile_rows = rows_for(
+        chunk_bytes or _default_chunk_bytes(device, vocab), vocab, full.itemsize, dtype.itemsize if with_grad else None
+    )
+    tables = [(min(tile_rows, num_rows), full)]
+    if with_grad and dtype != full:
+        tables.append((min(piece_rows, num_rows), dtype))
+    return piece_rows, tile_rows, tables
 
 
 class WeightGrad:

@@ -4,11 +4,13 @@ import argparse
 import copy
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
-from transformers import HfArgumentParser, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, set_seed
 
 from hdpo_train.config import HDPOConfig, ScriptArguments
 from hdpo_train.data import load_records
@@ -24,6 +26,8 @@ Trains a causal language model on preference pairs with H-DPO: DPO with control 
                                                       train; MODEL and data are local paths or hub ids
   hdpo-train run.yaml --learning_rate 5e-7            the options of a YAML file, some overridden
   hdpo-train … --resume_from_checkpoint               go on from the last checkpoint in output_dir
+  hdpo-train plan …                                   the same options: what memory and time a step will need; of the
+                                                      model only its config is read, and no data
 
 Records: {"prompt", "chosen", "rejected"} as strings or chat messages; the prompt may be left out where both completions
 begin with it. A run leaves the model, metrics.jsonl and report.png in output_dir.
@@ -53,9 +57,14 @@ def main(argv: list[str] | None = None) -> None:
     if "--help_all" in argv:
         parser.print_help()
         return
+    command: Callable[[ScriptArguments, HDPOConfig], Any] = train
+    if argv[0] == "plan":
+        command, argv = plan, argv[1:]
+    if not argv:
+        _fail("plan needs the options of a run: hdpo-train plan --model_name_or_path MODEL --max_length 2048 …")
     script, args = _parse(parser, argv)
     try:
-        train(script, args)
+        command(script, args)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         if args.log_level == "debug":
             raise
@@ -104,6 +113,26 @@ def train(script: ScriptArguments, args: HDPOConfig) -> HDPOTrainer:
         folder = Path(str(args.output_dir))
         print(f"model: {folder}   metrics: {folder / METRICS_FILE}   plots: {folder / REPORT_FILE}")
     return trainer
+
+
+def plan(script: ScriptArguments, args: HDPOConfig) -> None:
+    """Print what a run with these options needs."""
+    from hdpo_train.plan import describe, make_plan
+
+    if script.model_name_or_path is None:
+        raise ValueError("a plan needs --model_name_or_path; of the model only its config is read")
+    if script.use_peft:
+        raise ValueError("plan does not know adapters yet: without --use_peft it is an upper bound")
+    config = AutoConfig.from_pretrained(script.model_name_or_path, trust_remote_code=script.trust_remote_code)
+    dtype = getattr(torch, script.dtype) if script.dtype != "auto" else getattr(config, "dtype", None)
+    options: dict[str, Any] = {"dtype": dtype or torch.float32}
+    if script.attn_implementation:
+        options["attn_implementation"] = script.attn_implementation
+
+    def build(config: Any) -> Any:
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=script.trust_remote_code, **options)
+
+    print(describe(make_plan(config, args, build), args))
 
 
 def _lora(script: ScriptArguments) -> Any:

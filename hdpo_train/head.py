@@ -41,14 +41,14 @@ class PairBatch(NamedTuple):
     ref_logps: Tensor | None  # (2P,)
 
 
-def attach_loss(model: PreTrainedModel, loss_kwargs: dict[str, Any]) -> None:
+def attach_loss(model: PreTrainedModel, loss_kwargs: dict[str, Any], transform: HeadTransform | None = None) -> None:
     """Teach `model(input_ids=…, attention_mask=…, pairs=PairBatch)` to return an HDPOLoss; without pairs as before.
 
     `model` is the bare transformers model (inside any peft wrapper), before it is wrapped for distributed training.
-    loss_kwargs: keywords of `linear_hdpo_loss`.
+    loss_kwargs: keywords of `linear_hdpo_loss`. transform: what comes after the head, if it need not be found out.
     Raises UnsupportedHead, with the model's name and the reason, if its head cannot be represented.
     """
-    transform = find_transform(model)
+    transform = transform or find_transform(model)
     original: Callable[..., Any] = model.forward
 
     def forward(self: PreTrainedModel, *args: Any, pairs: PairBatch | None = None, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 from hdpo_kernels.naive import IGNORE_INDEX
 from hdpo_kernels.sampled.entries import DRAWS, Sampling
 
-_BLOCK_BYTES = 2 * 2**20  # of logits; as much again is scratch: together the L2 cache of two current CPU cores
+BLOCK_BYTES = 2 * 2**20  # of logits; as much again is scratch: together the L2 cache of two current CPU cores
 # Probabilities below 2⁻⁸⁰ become zero in the gradient: a denormal number in a GEMM operand, or a denormal product,
 # makes a CPU's GEMM ten times slower, and 2⁻⁸⁰ is 17 orders of magnitude below the rounding of the gradient row itself.
 _FLUSH_BELOW = 2.0**-80
@@ -46,7 +46,7 @@ def row_stats(
     # A label outside the vocabulary must not index: its log-probability is NaN, and so is the loss.
     scored, valid = labels != IGNORE_INDEX, (labels >= 0) & (labels < vocab)
     y, all_scored = labels.masked_fill(~valid, 0).unsqueeze(1), bool(scored.all())
-    block = n if logits.device.type != "cpu" else max(1, _BLOCK_BYTES // max(1, vocab * dtype.itemsize))
+    block = n if logits.device.type != "cpu" else max(1, BLOCK_BYTES // max(1, vocab * dtype.itemsize))
     scratch = torch.empty(min(block, n), vocab, dtype=dtype, device=logits.device)
     for start in range(0, n, max(block, 1)):
         rows = slice(start, min(start + block, n))

@@ -12,7 +12,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def test_mm_into_keeps_full_precision(dtype):
     out_dtype = torch.promote_types(dtype, torch.float32)
     a = torch.randn(3, 96, device=DEVICE).to(dtype)
-    weight = torch.randn(gemm._UPCAST_BLOCK + 3, 96, device=DEVICE).to(dtype)
+    weight = torch.randn(gemm.UPCAST_BLOCK + 3, 96, device=DEVICE).to(dtype)
     out = torch.empty(3, len(weight), dtype=out_dtype, device=DEVICE)
     gemm.mm_into(out, a, weight.T)
     truth = a.double() @ weight.double().T
@@ -22,7 +22,7 @@ def test_mm_into_keeps_full_precision(dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_addmm_into_accumulates_in_full_precision(dtype):
     acc_dtype = torch.promote_types(dtype, torch.float32)
-    a = torch.randn(3, gemm._UPCAST_BLOCK + 3, device=DEVICE).to(dtype)
+    a = torch.randn(3, gemm.UPCAST_BLOCK + 3, device=DEVICE).to(dtype)
     b = torch.randn(3, 8, device=DEVICE).to(dtype)
     acc = torch.full((a.shape[1], 8), torch.nan, dtype=acc_dtype, device=DEVICE)
     gemm.addmm_into(acc, a.T, b, alpha=0.5, beta=0.0)  # beta = 0 must not read what uninitialised memory holds
