@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hdpo_kernels import naive
 from hdpo_train import HDPOConfig, HDPOTrainer
 from hdpo_train.data import tokenize_pairs
+from hdpo_train.output_dir import checkpoint_problem
 from hdpo_train.report import METRICS_FILE, REPORT_FILE, read_metrics
 from tests.train.tiny import VOCAB, make_model, make_records
 
@@ -261,17 +263,28 @@ def test_train_refuses_a_folder_that_holds_another_run(tokenizer, config):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.json", "optimizer.pt"])
-def test_train_refuses_a_corrupt_checkpoint_and_names_a_whole_one(name, tokenizer, config):
+def test_train_refuses_a_corrupt_checkpoint_and_names_a_whole_one(name, tokenizer, config, caplog):
     args = config(save_strategy="steps", save_steps=2)
     make_trainer(args, tokenizer).train()
     broken = Path(args.output_dir) / "checkpoint-4" / name
     broken.write_bytes(broken.read_bytes()[:-20])
     with pytest.raises(ValueError, match=rf"checkpoint-4: {name} .*whole checkpoints there: .*checkpoint-2"):
+        make_trainer(args, tokenizer).train(resume_from_checkpoint=str(broken.parent))
+    with caplog.at_level("WARNING"):
+        logging.getLogger("transformers").addHandler(caplog.handler)
+        make_trainer(args, tokenizer).train(resume_from_checkpoint=True)  # takes that one itself, and says so
+    assert re.search(rf"checkpoint-4: {name} .*Going on from .*checkpoint-2", caplog.text)
+    assert checkpoint_problem(broken.parent) is None
+    for folder in Path(args.output_dir).glob("checkpoint-*"):
+        (folder / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole: .*checkpoint-4: .*checkpoint-2: "):
         make_trainer(args, tokenizer).train(resume_from_checkpoint=True)
 
 
-def test_train_refuses_to_resume_where_there_is_nothing(tokenizer, config):
-    with pytest.raises(ValueError, match="no checkpoint in"):
+def test_train_resumes_from_nothing_by_starting_but_not_over_a_finished_run(tokenizer, config):
+    make_trainer(config(), tokenizer).train(resume_from_checkpoint=True)
+    assert len(losses(config().output_dir)) == 4
+    with pytest.raises(FileExistsError, match="holds another run"):
         make_trainer(config(), tokenizer).train(resume_from_checkpoint=True)
 
 
