@@ -25,7 +25,8 @@ Trains a causal language model on preference pairs with H-DPO: DPO with control 
   hdpo-train --model_name_or_path MODEL --dataset_name pairs.jsonl --alpha 0.95 --output_dir out
                                                       train; MODEL and data are local paths or hub ids
   hdpo-train run.yaml --learning_rate 5e-7            the options of a YAML file, some overridden
-  hdpo-train … --resume_from_checkpoint               go on from the last checkpoint in output_dir
+  hdpo-train … --resume_from_checkpoint               go on from the last whole checkpoint in output_dir, or start if
+                                                      there is none: the same command after any crash
   hdpo-train plan …                                   the same options: what memory and time a step will need; of the
                                                       model only its config is read, and no data
 

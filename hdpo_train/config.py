@@ -27,6 +27,14 @@ class HDPOConfig(TrainingArguments):
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Keep False: a NaN loss stops the run."})
 
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "true: go on from the last whole checkpoint in output_dir, or start if there is none; or a "
+            "checkpoint's folder."
+        },
+    )
+
     alpha: float = field(
         default=1.0,
         metadata={"help": "Weight of the policy's log-probs. < 1 sharpens (less entropy), 1 is DPO, > 1 diversifies."},

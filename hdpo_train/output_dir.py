@@ -1,21 +1,33 @@
 """A run's folder: refused where it holds another run, its checkpoints checked before one is resumed."""
 
 import json
+import re
 import shutil
 import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
-from hdpo_train.report import METRICS_FILE
+from hdpo_train.report import METRICS_FILE, REPORT_FILE
+
+logger = logging.get_logger(__name__)
 
 
 def claim_output_dir(output_dir: str, overwrite: bool) -> None:
-    """Make sure that no other run's results are mixed with this one's; FileExistsError if they would be."""
+    """Make sure that no other run's results are mixed with this one's; FileExistsError if they would be.
+
+    Metrics alone are of a run that was killed before its first checkpoint. It can only start again: they are set aside.
+    """
     folder = Path(output_dir)
-    others = [path for pattern in ("checkpoint-*", METRICS_FILE, "*.safetensors") for path in folder.glob(pattern)]
+    results = ("checkpoint-*", METRICS_FILE, REPORT_FILE, "*.safetensors")
+    others = [path for pattern in results for path in folder.glob(pattern)]
     if not others:
+        return
+    if [path.name for path in others] == [METRICS_FILE]:
+        aside = folder / f"{METRICS_FILE}.old"
+        others[0].replace(aside)
+        logger.warning(f"{folder} holds a run that ended before its first checkpoint; its metrics are now {aside.name}")
         return
     if not overwrite:
         raise FileExistsError(
@@ -26,13 +38,13 @@ def claim_output_dir(output_dir: str, overwrite: bool) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def checkpoint_to_resume(output_dir: str, resume_from: str | bool) -> str:
-    """The checkpoint folder, checked; ValueError names what is missing or broken, and those that are whole."""
+def checkpoint_to_resume(output_dir: str, resume_from: str | bool) -> str | None:
+    """A checkpoint folder that is whole: the one given (ValueError says what is broken), or for true the last one.
+
+    None for true where there is no checkpoint: one command starts a run and goes on with it, whenever it was killed.
+    """
     if resume_from is True or str(resume_from).lower() == "true":
-        last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-        if last is None:
-            raise ValueError(f"no checkpoint in {output_dir}; leave out --resume_from_checkpoint to start")
-        resume_from = last
+        return _last_whole_checkpoint(Path(output_dir))
     resume_from = str(resume_from)
     problem = checkpoint_problem(Path(resume_from))
     if problem:
@@ -40,6 +52,39 @@ def checkpoint_to_resume(output_dir: str, resume_from: str | bool) -> str:
         way_out = f"; whole checkpoints there: {', '.join(whole)}" if whole else ""
         raise ValueError(f"cannot resume from {resume_from}: {problem}{way_out}")
     return resume_from
+
+
+def _last_whole_checkpoint(folder: Path) -> str | None:
+    last, problems = look_for_checkpoints(folder)
+    if last is not None:
+        if problems:
+            logger.warning(f"not whole: {'; '.join(problems)}. Going on from {last}")
+        return str(last)
+    if not problems:
+        logger.warning(f"no checkpoint in {folder}: starting from the beginning")
+        return None
+    raise ValueError(
+        f"no checkpoint in {folder} is whole: {'; '.join(problems)}. Choose another output_dir, or start from the "
+        "beginning (--overwrite_output_dir true, without --resume_from_checkpoint)"
+    )
+
+
+def look_for_checkpoints(folder: Path) -> tuple[Path | None, list[str]]:
+    """The last whole checkpoint, and what is wrong with those after it."""
+    steps = {step: path for path in folder.glob("checkpoint-*") if (step := step_of(path)) is not None}
+    problems: list[str] = []
+    for _, path in sorted(steps.items(), reverse=True):
+        problem = checkpoint_problem(path)
+        if problem is None:
+            return path, problems
+        problems.append(f"{path}: {problem}")
+    return None, problems
+
+
+def step_of(path: Path) -> int | None:
+    """N of a folder checkpoint-N, or None."""
+    match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    return int(match[1]) if match and path.is_dir() else None
 
 
 def checkpoint_problem(folder: Path) -> str | None:

@@ -65,7 +65,7 @@ def with_reference(
         if logps is None:
             logps = _compute(dataset, model, accelerator, collator, batch_size, name)
             if accelerator.is_main_process:
-                _write(path, key, logps)
+                _write_or_warn(path, key, logps)
             accelerator.wait_for_everyone()
         else:
             logger.info(f"reference log-probs of the {name} set: read from {path}")
@@ -135,6 +135,20 @@ def model_inputs(batch: Mapping, device: torch.device) -> dict:
 
 def _checksum(logps: Tensor) -> str:
     return hashlib.sha256(logps.contiguous().numpy().data).hexdigest()
+
+
+def _write_or_warn(path: Path, key: str, logps: Tensor) -> None:
+    """They are computed: a disk that takes no more costs the cache, not the run."""
+    try:
+        _write(path, key, logps)
+    except (OSError, SafetensorError) as error:
+        logger.warning(
+            f"the reference log-probs could not be cached in {path.parent} ({error}); this run goes on with them, the "
+            "next start computes them again (--ref_cache_dir chooses another folder)"
+        )
+    for partial in path.parent.glob(f"{path.stem}.*.partial"):  # of this run, or of one that was killed
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def _write(path: Path, key: str, logps: Tensor) -> None:

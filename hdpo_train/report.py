@@ -1,10 +1,12 @@
 """What a run leaves to look at: metrics.jsonl while it goes, report.png at its end."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -20,16 +22,34 @@ class RunReport(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        # A resumed run goes on from its checkpoint: lines logged after it belong to steps that are done again.
-        lines = [line for line in read_metrics(str(args.output_dir)) if 0 < line["step"] <= state.global_step]
+        # A resumed run goes on from its checkpoint: lines logged after it belong to steps that are done again. But an
+        # evaluation at the end of an epoch comes after the checkpoint of its last step, and is not done again.
+        lines = [{"step": line["step"], **line} for line in state.log_history]
+        before = read_metrics(str(args.output_dir)) if lines else []
+        lines += [line for line in before if line["step"] == state.global_step and line not in lines]
+        lines = [line for line in lines if "train_runtime" not in line]  # the summary of a run that ended there
         write_metrics(str(args.output_dir), [{"step": 0, **self.start}, *lines])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # Means are over the steps since the last line: if a checkpoint were between two lines, those would be lost.
+        saves = control.should_save or (control.should_evaluate and args.save_strategy == SaveStrategy.BEST)
+        control.should_log |= saves or state.global_step >= state.max_steps
+
+    on_epoch_end = on_step_end
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
         if state.is_world_process_zero and logs:
-            with open(Path(str(args.output_dir)) / METRICS_FILE, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            path = Path(str(args.output_dir)) / METRICS_FILE
+            try:
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            except OSError as error:
+                raise OSError(
+                    f"{path} could not be written ({error.strerror}); make room, then --resume_from_checkpoint true "
+                    "goes on from the last checkpoint"
+                ) from error
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
@@ -56,7 +76,18 @@ def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
 def write_metrics(output_dir: str | Path, lines: list[dict[str, Any]]) -> None:
     path = Path(output_dir) / METRICS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def mean_loss(log_history: list[dict[str, Any]]) -> float | None:
+    """Mean over all steps of a run, resumed or not, from lines that are means since the line before."""
+    total, last = 0.0, 0
+    for line in log_history:
+        if "loss" in line:
+            total, last = total + line["loss"] * (line["step"] - last), line["step"]
+    return total / last if last else None
 
 
 def draw(output_dir: str | Path) -> Path:

@@ -13,24 +13,24 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
 )
 from transformers.utils import logging
 
 from hdpo_kernels import HDPOLoss
 from hdpo_kernels.checks import check_gradient
+from hdpo_train.checkpoints import WholeCheckpoints, remove_leftovers
 from hdpo_train.config import HDPOConfig
 from hdpo_train.data import PairCollator, tokenize_pairs
 from hdpo_train.head import attach_loss, bare, head_of
 from hdpo_train.output_dir import checkpoint_to_resume, claim_output_dir
 from hdpo_train.reference import COLUMNS, model_inputs, with_reference
-from hdpo_train.report import RunReport
+from hdpo_train.report import RunReport, mean_loss
 
 logger = logging.get_logger(__name__)
 
 
-class HDPOTrainer(Trainer):
+class HDPOTrainer(WholeCheckpoints):
     """Trains a causal language model on preference pairs with the H-DPO loss (arXiv 2411.07595).
 
     The constructor, data set columns and metric names are those of TRL's DPOTrainer.
@@ -145,15 +145,20 @@ class HDPOTrainer(Trainer):
             self.add_callback(RunReport(self.start))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; resume_from_checkpoint: a checkpoint folder, or True for the last one in output_dir.
+        """Train; resume_from_checkpoint: a checkpoint folder, or True for the last whole one in output_dir (from the
+        beginning if there is none).
 
-        Raises FileExistsError if output_dir holds another run and this one does not resume it, and ValueError, naming
-        the file, if the checkpoint is not whole.
+        Raises FileExistsError if output_dir holds another run and this one does not resume it, ValueError, naming the
+        file, if the checkpoint is not whole, and OSError if a checkpoint cannot be written; the one before stays.
         """
         output_dir = str(self.args.output_dir)
+        if self.args.should_save:
+            remove_leftovers(output_dir)
+        self.accelerator.wait_for_everyone()
         if resume_from_checkpoint:
             resume_from_checkpoint = checkpoint_to_resume(output_dir, resume_from_checkpoint)
-        elif self.is_world_process_zero():
+        self.accelerator.wait_for_everyone()  # all have looked before one changes the folder
+        if not resume_from_checkpoint and self.is_world_process_zero():
             claim_output_dir(output_dir, self.args.overwrite_output_dir)
         self.accelerator.wait_for_everyone()
         self._sums.clear()
@@ -191,6 +196,8 @@ class HDPOTrainer(Trainer):
             logs.update({f"{prefix}{key}": value for key, value in self._metrics("eval").items()})
         elif self._sums["train"] and "loss" in logs:
             logs.update({**self._metrics("train"), "loss": logs["loss"]})
+        if "train_loss" in logs:  # Trainer's counts from the last resume on
+            logs["train_loss"] = mean_loss(self.state.log_history) or logs["train_loss"]
         super().log(logs, start_time)
         if "loss" in logs and not torch.isfinite(torch.tensor(logs["loss"])):
             raise FloatingPointError(

@@ -1,0 +1,188 @@
+"""Checkpoints that are whole or not there: written in a folder of their own, named when complete.
+
+transformers writes a checkpoint where it stays. Here it writes into `_partial/checkpoint-N`; when every rank is done
+and the disk has it, the folder is renamed to `checkpoint-N`: one step, for whoever looks and for `kill -9`. Only then
+are old ones deleted.
+"""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from hdpo_train.output_dir import look_for_checkpoints, step_of
+
+logger = logging.get_logger(__name__)
+PARTIAL_DIR = "_partial"  # with an underscore: Trainer.push_to_hub leaves it out
+_REPLACED = "replaced"  # in it: a folder whose name is being given to a new one
+
+
+class WholeCheckpoints(Trainer):
+    """Trainer whose checkpoints appear under their name when they are complete, and in no other state."""
+
+    _writing = False
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run_dir = super()._get_output_dir(trial)
+        return os.path.join(run_dir, PARTIAL_DIR) if self._writing else run_dir
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._writing:  # the upload goes on while training does: from the folder that stays
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = self._get_output_dir(trial)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        partial = Path(run_dir) / PARTIAL_DIR / name
+        with self._explained(name, run_dir, partial):
+            self._writing = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._writing = False
+            self._name_best(run_dir, partial)
+            self.accelerator.wait_for_everyone()  # each rank writes files of its own
+            if self.args.should_save:
+                put_in_place(partial, Path(run_dir) / name)
+                rotate(Path(run_dir), self.state.global_step, self.args.save_total_limit, self.state.best_global_step)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(os.path.join(run_dir, name))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        with self._explained("the model", output_dir or str(self.args.output_dir)):
+            super().save_model(output_dir, _internal_call)
+
+    def _name_best(self, run_dir: str, partial: Path) -> None:
+        """In the state, and in trainer_state.json: the best checkpoint by the name it is going to have."""
+        if not self.state.best_global_step:
+            return
+        best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        if self.state.best_global_step == self.state.global_step or os.path.isdir(best):
+            self.state.best_model_checkpoint = best
+        if self.args.should_save:
+            self.state.save_to_json(str(partial / "trainer_state.json"))
+
+    @contextmanager
+    def _explained(self, what: str, folder: str, partial: Path | None = None) -> Iterator[None]:
+        """OSError with numbers and a way out, for a write that the disk refuses; `partial` is removed."""
+        try:
+            yield
+        except Exception as error:
+            cause = refused_write(error)
+            if cause is None:
+                raise
+            if partial is not None and self.args.should_save:
+                shutil.rmtree(partial.parent, ignore_errors=True)
+            run_dir = str(self.args.output_dir)
+            last, _ = look_for_checkpoints(Path(run_dir))
+            if last:
+                takes = f"the last checkpoint took {_readable(_size(last))}"
+                go_on = f"; {last} is whole, --resume_from_checkpoint true goes on from it"
+            else:
+                assert isinstance(self.model, nn.Module)
+                weights = sum(parameter.nbytes for parameter in self.model.parameters())
+                takes, go_on = f"the weights alone are {_readable(weights)}", ""
+            raise OSError(
+                f"{what} could not be written to {folder}: {cause}. Free there: {_readable(_free(folder))}; {takes}. "
+                "Make room, keep fewer checkpoints (--save_total_limit; while one is written, it comes on top), or "
+                f"choose another --output_dir{go_on}"
+            ) from error
+
+
+def put_in_place(partial: Path, final: Path) -> None:
+    """Give a complete folder its name. A folder that has it (of a run resumed before it) is there until then."""
+    _to_disk(partial)
+    if final.exists():
+        replaced = partial.parent / _REPLACED / final.name
+        replaced.parent.mkdir(exist_ok=True)
+        os.rename(final, replaced)
+    os.rename(partial, final)
+    _sync(final.parent)
+    shutil.rmtree(partial.parent, ignore_errors=True)
+
+
+def rotate(run_dir: Path, step: int, limit: int | None, best_step: int | None) -> None:
+    """Delete checkpoints until `limit` are left, oldest first; never those of `step` and `best_step`."""
+    if not limit or limit <= 0:
+        return
+    steps = {number: path for path in run_dir.iterdir() if (number := step_of(path)) is not None}
+    # Later ones than this are of a run that was resumed before them: they go first.
+    oldest_first = sorted(steps.keys() - {step, best_step}, key=lambda number: (number < step, number))
+    trash = run_dir / PARTIAL_DIR
+    for number in oldest_first[: max(0, len(steps) - limit)]:
+        trash.mkdir(exist_ok=True)
+        os.rename(steps[number], trash / steps[number].name)  # a half-deleted one never has a checkpoint's name
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def remove_leftovers(output_dir: str) -> None:
+    """What a run that was killed while it wrote, or deleted, a checkpoint has left."""
+    trash = Path(output_dir) / PARTIAL_DIR
+    if not trash.is_dir():
+        return
+    for replaced in (trash / _REPLACED).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        final = Path(output_dir) / replaced.name
+        if not final.exists():  # killed between two renames
+            os.rename(replaced, final)
+    names = ", ".join(sorted(path.name for path in trash.iterdir() if path.name != _REPLACED))
+    logger.warning(f"removing {trash} ({names}): left by a run that was killed while it wrote or deleted checkpoints")
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def refused_write(error: BaseException) -> str | None:
+    """In words, if this is a disk that takes no more; None for any other error."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+    if isinstance(error, OSError) and error.errno in numbers:
+        return os.strerror(error.errno)
+    found = re.search(r"\(os error (\d+)\)", str(error))  # of safetensors and tokenizers
+    if found and int(found[1]) in numbers:
+        return os.strerror(int(found[1]))
+    if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter", str(error)):
+        return "a write of torch.save failed"  # it does not say why
+    return None
+
+
+def _to_disk(folder: Path) -> None:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            _sync(Path(parent) / name)
+        _sync(Path(parent))
+
+
+def _sync(path: Path) -> None:
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _free(folder: str) -> int:
+    path = Path(folder).absolute()
+    return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+
+
+def _readable(size: float) -> str:
+    units = ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.3g} {units[0]}"
