@@ -1,5 +1,6 @@
-"""Run by test_distributed.py under torchrun, two gloo processes: python distributed_worker.py ddp|fsdp FOLDER"""
+"""Run by test_distributed.py under torchrun with gloo processes: python distributed_worker.py MODE FOLDER"""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from datasets import Dataset
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
 
 from hdpo_train import HDPOConfig, HDPOTrainer
 from hdpo_train.data import PairCollator, tokenize_pairs
@@ -17,25 +19,72 @@ from hdpo_train.head import attach_loss
 from hdpo_train.reference import model_inputs
 from tests.train.tiny import make_model, make_records
 
+PAIRS_PER_STEP = 8
+# name: pairs to train on, gradient accumulation of the ranks (one process: none), options
+CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "even": (16, 1, {"num_train_epochs": 2}),
+    "odd last batch": (13, 1, {"num_train_epochs": 2, "eval_strategy": "epoch"}),  # 8 ranks' pairs, then 5
+    "a rank without pairs": (13, 2, {"num_train_epochs": 2, "eval_strategy": "epoch"}),  # 4 + 4, 4 + 1
+    "fewer pairs than ranks": (3, 1, {"num_train_epochs": 2}),
+    "drop_last": (13, 1, {"num_train_epochs": 1, "dataloader_drop_last": True}),
+    "sampled": (16, 1, {"num_train_epochs": 2, "gradient": "sampled", "epsilon": 2**-4}),
+}
+
+
+class Parameters(TrainerCallback):
+    """The parameters after every step; raises if they differ between ranks."""
+
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
+        assert model is not None
+        mine = flat_parameters(model)
+        if dist.is_initialized():
+            all_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+            dist.all_gather(all_ranks, mine)
+            for rank, theirs in enumerate(all_ranks):
+                assert torch.equal(mine, theirs), f"step {state.global_step}: rank {rank} has other parameters"
+        self.steps.append(mine)
+
+
+def flat_parameters(model: nn.Module) -> torch.Tensor:
+    whole = (p.detach().full_tensor() if isinstance(p, DTensor) else p.detach() for p in model.parameters())
+    return torch.cat([p.flatten() for p in whole])
+
+
+def train(folder: Path, case: str, ranks: int, **options: Any) -> tuple[HDPOTrainer, torch.Tensor]:
+    """A run of the case on so many ranks, and (step, parameter) after every step."""
+    pairs, accumulate, case_options = CASES[case]
+    accumulate = accumulate if ranks > 1 else 1
+    args = HDPOConfig(
+        output_dir=str(folder / case / "out"), ref_cache_dir=str(folder / case / "reference"), use_cpu=True, alpha=0.9,
+        per_device_train_batch_size=PAIRS_PER_STEP // ranks // accumulate, gradient_accumulation_steps=accumulate,
+        per_device_eval_batch_size=2 if ranks > 1 else 7, learning_rate=1e-3, logging_steps=1, save_strategy="no",
+        disable_tqdm=True, lr_scheduler_type="constant", report_to="none", **{**case_options, **options},
+    )  # fmt: skip
+    parameters = Parameters()
+    trainer = HDPOTrainer(
+        make_model(), args=args, callbacks=[parameters],
+        train_dataset=Dataset.from_list(make_records(pairs)), eval_dataset=Dataset.from_list(make_records(7, seed=1)),
+        processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+    )  # fmt: skip
+    trainer.train()
+    return trainer, torch.stack(parameters.steps)
+
 
 def ddp(folder: Path) -> None:
-    """Two ranks × 2 pairs: the trainer, and after it every parameter equal across ranks."""
-    args = HDPOConfig(
-        output_dir=str(folder / "out"), ref_cache_dir=str(folder / "reference"), use_cpu=True, max_steps=3, alpha=0.9,
-        per_device_train_batch_size=2, learning_rate=1e-3, logging_steps=1, save_strategy="no", disable_tqdm=True,
-        lr_scheduler_type="constant", train_sampling_strategy="sequential",
-    )  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    trainer = HDPOTrainer(
-        make_model(), args=args, train_dataset=Dataset.from_list(make_records()), processing_class=tokenizer
-    )
-    trainer.train()
-    mine = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-    all_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(all_ranks, mine)
-    assert torch.equal(*all_ranks), "parameters differ between ranks"
-    if dist.get_rank() == 0:
-        torch.save(mine, folder / "ddp.pt")
+    for case in CASES:
+        trainer, steps = train(folder, case, int(os.environ["WORLD_SIZE"]))
+        if dist.get_rank() == 0:
+            torch.save((steps, reference(trainer)), folder / case / "result.pt")
+
+
+def reference(trainer: HDPOTrainer) -> torch.Tensor:
+    """(pair, side) log-probs of training and evaluation set"""
+    columns = ["ref_chosen_logp", "ref_rejected_logp"]
+    sets = (trainer.train_dataset, trainer.eval_dataset)
+    return torch.cat([torch.stack([torch.tensor(s[column][:]) for column in columns], 1) for s in sets])
 
 
 def fsdp(folder: Path) -> None:
@@ -53,7 +102,7 @@ def compare_sharded(folder: Path, options: dict[str, Any]) -> None:
     whole, sharded = make_model(), make_model()
     for model in (whole, sharded):
         attach_loss(model, {"alpha": 0.9, "beta": 0.5, **options})
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in sharded.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
