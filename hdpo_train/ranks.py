@@ -1,13 +1,17 @@
-"""Every pair counts once, whatever the sizes of the ranks' and micro-batches' batches.
+"""Several processes: every pair counts once, and engines that shard the model leave the numbers of the loss alone.
 
 Processes take the same number of batches of the same size, or they would wait for each other for ever: accelerate fills
 the last ones up with pairs from the beginning. Here those are left out again, and every batch weighs what it holds.
 """
 
+import contextlib
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
+from torch import nn
 
 
 def check_dataloading(accelerator: Accelerator) -> None:
@@ -53,3 +57,53 @@ def weights(pairs: list[int], accelerator: Accelerator) -> list[Any]:
     if accelerator.num_processes > 1:
         total = accelerator.reduce(torch.tensor(float(total), device=accelerator.device), "sum")
     return [own * len(pairs) * accelerator.num_processes / total for own in pairs]
+
+
+def keep_output_dtype(accelerator: Accelerator) -> None:
+    """Loss and log-probs leave the model in fp32: accelerate has FSDP2 round every output to the parameters' dtype."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    policy: Any = getattr(plugin, "mixed_precision_policy", None)
+    if plugin is not None and getattr(policy, "output_dtype", None) is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
+
+
+def shards(accelerator: Accelerator) -> bool:
+    """Whether an engine takes the model to device, dtype and shards when training begins: FSDP2 or DeepSpeed."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED or bool(getattr(accelerator, "is_fsdp2", False))
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Every rank has the whole weights of a model that was loaded in shards (ZeRO-3's zero.Init)."""
+    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        yield
+
+
+@contextlib.contextmanager
+def as_in_training(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """The model whole, on the device and in training's precision: rounded weights, or autocast."""
+    if len(getattr(model, "hf_device_map", ())) > 1:  # spread over devices by its own hooks
+        with accelerator.autocast():
+            yield
+        return
+    dtype = (
+        {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+        if shards(accelerator)
+        else None
+    )
+    tensors = [*model.parameters(), *model.buffers()]
+    kept = [tensor.data for tensor in tensors]
+    for tensor in tensors:
+        cast = dtype is not None and isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+        tensor.data = tensor.data.to(accelerator.device, dtype if cast else tensor.dtype)
+    try:
+        with contextlib.nullcontext() if shards(accelerator) else accelerator.autocast():
+            yield
+    finally:
+        for tensor, data in zip(tensors, kept, strict=True):
+            tensor.data = data

@@ -22,9 +22,9 @@ from hdpo_kernels import HDPOLoss
 from hdpo_kernels.checks import check_gradient
 from hdpo_train.config import HDPOConfig
 from hdpo_train.data import PairCollator, tokenize_pairs
-from hdpo_train.head import attach_loss, bare, head_of
+from hdpo_train.head import attach_loss, bare, head_of, whole_shape
 from hdpo_train.output_dir import checkpoint_to_resume, claim_output_dir
-from hdpo_train.ranks import check_dataloading, weights, without_repeats
+from hdpo_train.ranks import check_dataloading, gathered, keep_output_dtype, weights, without_repeats
 from hdpo_train.reference import COLUMNS, model_inputs, with_reference
 from hdpo_train.report import RunReport
 
@@ -82,7 +82,7 @@ class HDPOTrainer(Trainer):
             policy = _add_adapter(policy, peft_config)
         reference: Any = policy if ref_model is None else ref_model
         models: list[Any] = [policy] if reference is policy else [policy, reference]
-        vocab = min(head_of(bare(each)).weight.shape[0] for each in models)
+        vocab = min(whole_shape(head_of(bare(each)).weight)[0] for each in models)
         check_gradient(args.gradient, args.epsilon, vocab)
         if args.disable_dropout:
             for each in models:
@@ -119,6 +119,7 @@ class HDPOTrainer(Trainer):
                 "start one process per GPU (accelerate launch -m hdpo_train, or torchrun), or set CUDA_VISIBLE_DEVICES"
             )
         check_dataloading(self.accelerator)
+        keep_output_dtype(self.accelerator)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch's pairs, and
         self.loss_is_scaled_for_ga = False  # Trainer divides it by the number of accumulation steps
         self._sums: dict[str, list[Tensor]] = defaultdict(list)  # per mode: one vector per batch, see _SUMS
@@ -126,7 +127,8 @@ class HDPOTrainer(Trainer):
         for each in models:
             if each is not policy and self.place_model_on_device:
                 each.to(args.device)
-            attach_loss(bare(each), args.loss_kwargs())
+            with gathered(each):
+                attach_loss(bare(each), args.loss_kwargs())
 
         def refer(dataset: Dataset, name: str) -> Dataset:
             return with_reference(

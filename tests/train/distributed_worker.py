@@ -1,4 +1,4 @@
-"""Run by test_distributed.py under torchrun with gloo processes: python distributed_worker.py MODE FOLDER"""
+"""Run by test_distributed.py under torchrun with gloo processes: python distributed_worker.py FOLDER MODE …"""
 
 import os
 import sys
@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState, PartialState
 from datasets import Dataset
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, TrainerCallback
 
@@ -53,8 +56,8 @@ def flat_parameters(model: nn.Module) -> torch.Tensor:
     return torch.cat([p.flatten() for p in whole])
 
 
-def train(folder: Path, case: str, ranks: int, **options: Any) -> tuple[HDPOTrainer, torch.Tensor]:
-    """A run of the case on so many ranks, and (step, parameter) after every step."""
+def make_trainer(folder: Path, case: str, ranks: int, seed: int = 0, **options: Any) -> HDPOTrainer:
+    """A trainer for the case on so many ranks."""
     pairs, accumulate, case_options = CASES[case]
     accumulate = accumulate if ranks > 1 else 1
     args = HDPOConfig(
@@ -63,21 +66,39 @@ def train(folder: Path, case: str, ranks: int, **options: Any) -> tuple[HDPOTrai
         per_device_eval_batch_size=2 if ranks > 1 else 7, learning_rate=1e-3, logging_steps=1, save_strategy="no",
         disable_tqdm=True, lr_scheduler_type="constant", report_to="none", **{**case_options, **options},
     )  # fmt: skip
-    parameters = Parameters()
-    trainer = HDPOTrainer(
-        make_model(), args=args, callbacks=[parameters],
+    return HDPOTrainer(
+        make_model(seed=seed), args=args, callbacks=[Parameters()],
         train_dataset=Dataset.from_list(make_records(pairs)), eval_dataset=Dataset.from_list(make_records(7, seed=1)),
-        processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        processing_class=AutoTokenizer.from_pretrained(folder.parent / "tokenizer"),
     )  # fmt: skip
+
+
+def train(folder: Path, case: str, ranks: int, **options: Any) -> tuple[HDPOTrainer, torch.Tensor]:
+    """A run of the case on so many ranks, and (step, parameter) after every step."""
+    trainer = make_trainer(folder, case, ranks, **options)
     trainer.train()
+    (parameters,) = (call for call in trainer.callback_handler.callbacks if isinstance(call, Parameters))
     return trainer, torch.stack(parameters.steps)
 
 
 def ddp(folder: Path) -> None:
+    ranks = int(os.environ["WORLD_SIZE"])
     for case in CASES:
-        trainer, steps = train(folder, case, int(os.environ["WORLD_SIZE"]))
+        trainer, steps = train(folder, case, ranks)
         if dist.get_rank() == 0:
             torch.save((steps, reference(trainer)), folder / case / "result.pt")
+    refused: dict[str, dict[str, Any]] = {
+        "different reference models": {"seed": dist.get_rank()},
+        "even_batches": {"accelerator_config": {"even_batches": False}},
+        "dispatch_batches": {"accelerator_config": {"dispatch_batches": True}},
+    }
+    for words, options in refused.items():
+        try:
+            make_trainer(folder, "even", ranks, **options)
+        except ValueError as error:
+            assert words in str(error), error
+        else:
+            raise AssertionError(f"not refused: {options}")
 
 
 def reference(trainer: HDPOTrainer) -> torch.Tensor:
@@ -87,15 +108,41 @@ def reference(trainer: HDPOTrainer) -> torch.Tensor:
     return torch.cat([torch.stack([torch.tensor(s[column][:]) for column in columns], 1) for s in sets])
 
 
+def allow_fsdp_on_cpu() -> None:
+    """accelerate shards on GPUs only, and would quietly take DDP on a CPU; but for that one test, it is its code."""
+    original = AcceleratorState.__init__
+
+    def init(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type != DistributedType.FSDP:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = init
+
+
 def fsdp(folder: Path) -> None:
-    """Sharded by fully_shard (layers and root): loss and gradients of the unsharded model."""
-    dist.init_process_group("gloo")
+    """The trainer under accelerate's FSDP2 with the options of the shipped config, in fp32 and in bf16."""
+    allow_fsdp_on_cpu()
+    options = yaml.safe_load((Path(__file__).parents[2] / "configs" / "fsdp2.yaml").read_text())["fsdp_config"]
+    os.environ.update({key.upper(): str(value) for key, value in options.items()}, ACCELERATE_USE_FSDP="true")
+    ranks = int(os.environ["WORLD_SIZE"])
+    for case, name, options in (("odd last batch", "fp32", {}), ("even", "bf16", {"bf16": True})):
+        AcceleratorState._reset_state()
+        trainer, steps = train(folder, case, ranks, **options)
+        assert isinstance(trainer.model, FSDPModule) and isinstance(trainer.model.model.layers[0], FSDPModule)
+        trainer.save_model(str(folder / name))
+        if dist.get_rank() == 0:
+            torch.save((steps, reference(trainer)), folder / f"{name}.pt")
+    AcceleratorState._reset_state()
     compare_sharded(folder, {})
     compare_sharded(folder, {"gradient": "sampled", "epsilon": 2**-4})
 
 
 def compare_sharded(folder: Path, options: dict[str, Any]) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder.parent / "tokenizer")
     examples = tokenize_pairs(Dataset.from_list(make_records(4)), tokenizer)
     batch = PairCollator(1)(list(examples))
     batch["ref_logps"] = -10 - torch.arange(8.0)
@@ -119,5 +166,6 @@ def compare_sharded(folder: Path, options: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    {"ddp": ddp, "fsdp": fsdp}[sys.argv[1]](Path(sys.argv[2]))
+    for mode in sys.argv[2:]:
+        {"ddp": ddp, "fsdp": fsdp}[mode](Path(sys.argv[1]) / mode)
     dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """Several processes follow one: DDP through the trainer, FSDP2, ZeRO-3, and the configs that are shipped for them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,9 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from transformers import AutoModelForCausalLM
 
 from hdpo_train.report import read_metrics
-from tests.train.distributed_worker import CASES, reference, train
+from tests.train.distributed_worker import CASES, flat_parameters, reference, train
+from tests.train.tiny import make_model, make_records
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,18 +34,32 @@ def run(command: list[str], timeout: int = 200, **environment: str) -> None:
     assert process.returncode == 0, errors[-6000:]
 
 
-def run_ranks(mode: str, ranks: int, folder: Path) -> Path:
+def run_ranks(ranks: int, folder: Path, *modes: str) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    run([*torchrun, str(ROOT / "tests" / "train" / "distributed_worker.py"), mode, str(folder)])
-    return folder
+    run([*torchrun, str(ROOT / "tests" / "train" / "distributed_worker.py"), str(folder), *modes])
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
-def ddp(request, tokenizer, tmp_path_factory):
-    """All cases on so many ranks; the worker itself asserts after every step that ranks have equal parameters."""
-    folder = tmp_path_factory.mktemp("ddp")
+def ranks(request, tokenizer, tmp_path_factory):
+    """All cases on so many ranks: by DDP, and by FSDP2 as configs/fsdp2.yaml has it.
+
+    The worker itself asserts that ranks have equal parameters after every step, and FSDP2's gradients against the
+    unsharded model.
+    """
+    folder = tmp_path_factory.mktemp("ranks")
     tokenizer.save_pretrained(folder / "tokenizer")
-    return run_ranks("ddp", request.param, folder)
+    run_ranks(request.param, folder, "ddp", "fsdp")
+    return folder
+
+
+@pytest.fixture
+def ddp(ranks):
+    return ranks / "ddp"
+
+
+@pytest.fixture
+def fsdp(ranks):
+    return ranks / "fsdp"
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +67,7 @@ def one(tokenizer, tmp_path_factory):
     """The oracle: the same cases in one process, each step one batch."""
     folder = tmp_path_factory.mktemp("one")
     tokenizer.save_pretrained(folder / "tokenizer")
+    folder /= "one"
     results = {case: train(folder, case, ranks=1) for case in CASES}
     return folder, {case: (steps, reference(trainer)) for case, (trainer, steps) in results.items()}
 
@@ -83,6 +103,51 @@ def test_ddp_with_the_sampled_gradient_keeps_ranks_equal(ddp, one):
         assert line["loss"] == pytest.approx(other["loss"], rel=0.02)
 
 
-def test_fsdp_gives_the_gradients_of_the_unsharded_model(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    run_ranks("fsdp", 2, tmp_path)
+def test_fsdp_takes_the_steps_of_one_process(fsdp, one):
+    steps, logps = torch.load(fsdp / "fp32.pt")
+    folder, results = one
+    expected, expected_logps = results["odd last batch"]
+    difference = (steps - expected).abs()
+    print(f"fsdp: max {difference.max():.1e}, mean {difference.mean():.1e}")
+    assert difference.max() < 1e-5 and difference.mean() < 1e-8
+    torch.testing.assert_close(logps, expected_logps)
+    assert_same_metrics(fsdp / "odd last batch", folder / "odd last batch", relative=1e-4)
+    saved = AutoModelForCausalLM.from_pretrained(fsdp / "fp32")
+    torch.testing.assert_close(flat_parameters(saved), steps[-1])
+
+
+def test_fsdp_in_bf16_starts_from_the_reference(fsdp):
+    # The policy's weights are rounded to bf16 there, and so must be the reference's; but never the log-probs.
+    line = read_metrics(fsdp / "even" / "out")[1]
+    assert line["rewards/margins"] == pytest.approx(line["rewards/initial_margins"], rel=1e-5)
+    steps, logps = torch.load(fsdp / "bf16.pt")
+    assert not torch.equal(logps, logps.bfloat16().float())
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])
+def test_shipped_configs_are_accelerate_configs(name):
+    path = ROOT / "configs" / f"{name}.yaml"
+    config = load_config_from_file(str(path))  # raises for keys that it does not know
+    expected = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
+    assert config.distributed_type == expected[name]
+    options = vars(launch_command_parser().parse_args(["script.py"]))
+    for section in ("fsdp_config", "deepspeed_config"):
+        assert set(getattr(config, section)) <= set(options), section
+    assert f"accelerate launch --config_file configs/{name}.yaml -m hdpo_train" in path.read_text()
+
+
+def test_accelerate_launch_with_the_ddp_config_leaves_a_model(tokenizer, tmp_path):
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in make_records(5)))
+    out = tmp_path / "out"
+    run([
+        "-m", "accelerate.commands.launch", "--config_file", "configs/ddp.yaml", "--num_processes", "2",
+        "-m", "hdpo_train", "--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(out),
+        "--dataset_name", str(tmp_path / "pairs.jsonl"), "--ref_cache_dir", str(tmp_path / "reference"),
+        "--use_cpu", "True", "--per_device_train_batch_size", "1", "--num_train_epochs", "1", "--alpha", "0.9",
+        "--learning_rate", "1e-3", "--logging_steps", "1",
+    ])  # fmt: skip
+    assert sum("loss" in line for line in read_metrics(out)) == 3  # 2 + 2 + 1 pairs
+    saved = flat_parameters(AutoModelForCausalLM.from_pretrained(out))
+    assert 0 < (saved - flat_parameters(make_model())).abs().max() < 0.01
