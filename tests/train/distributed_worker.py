@@ -1,4 +1,4 @@
-"""Run by test_distributed.py under torchrun with gloo processes: python distributed_worker.py FOLDER MODE …"""
+"""Run by test_distributed.py with gloo processes: python distributed_worker.py FOLDER MODE …, or zero3 OPTION …"""
 
 import os
 import sys
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, TrainerCallback
 
 from hdpo_train import HDPOConfig, HDPOTrainer
+from hdpo_train.__main__ import main
 from hdpo_train.data import PairCollator, tokenize_pairs
 from hdpo_train.head import attach_loss
 from hdpo_train.reference import model_inputs
@@ -165,7 +166,16 @@ def compare_sharded(folder: Path, options: dict[str, Any]) -> None:
         torch.testing.assert_close(parameter.grad.full_tensor(), expected.grad, msg=f"gradient of {name}")
 
 
+def zero3(*arguments: str) -> None:
+    """The command line under DeepSpeed, which accelerate has on GPUs only; but for the backend, it is its code."""
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)
+    main(list(arguments))
+
+
 if __name__ == "__main__":
-    for mode in sys.argv[2:]:
-        {"ddp": ddp, "fsdp": fsdp}[mode](Path(sys.argv[1]) / mode)
+    if sys.argv[1] == "zero3":
+        zero3(*sys.argv[2:])
+    else:
+        for mode in sys.argv[2:]:
+            {"ddp": ddp, "fsdp": fsdp}[mode](Path(sys.argv[1]) / mode)
     dist.destroy_process_group()
