@@ -32,13 +32,17 @@ class HeadTransform(NamedTuple):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-class PairBatch(NamedTuple):
-    """What the loss needs beside the backbone's inputs; see `data.PairCollator`."""
+class PairBatch:
+    """What the loss needs beside the backbone's inputs; see `data.PairCollator`.
 
-    rows: Tensor  # (N,) positions in the flattened (2P · T) whose hidden state predicts a completion token
-    labels: Tensor  # (N,) those tokens
-    cu_seqlens: list[int]  # 2P + 1 boundaries in N
-    ref_logps: Tensor | None  # (2P,)
+    No tuple and no dataclass: FSDP would find ref_logps in it, and round them to the parameters' dtype.
+    """
+
+    def __init__(self, rows: Tensor, labels: Tensor, cu_seqlens: list[int], ref_logps: Tensor | None) -> None:
+        self.rows = rows  # (N,) positions in the flattened (2P · T) whose hidden state predicts a completion token
+        self.labels = labels  # (N,) those tokens
+        self.cu_seqlens = cu_seqlens  # 2P + 1 boundaries in N
+        self.ref_logps = ref_logps  # (2P,)
 
 
 def attach_loss(model: PreTrainedModel, loss_kwargs: dict[str, Any], transform: HeadTransform | None = None) -> None:
@@ -92,12 +96,17 @@ def head_of(model: PreTrainedModel) -> nn.Linear:
             "set it to False in the model's config to train without it"
         )
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.weight.dim() != 2 or not head.weight.is_floating_point():
+    if not isinstance(head, nn.Linear) or len(whole_shape(head.weight)) != 2 or not head.weight.is_floating_point():
         raise UnsupportedHead(
             f"the LM head of {name} is a {type(head).__name__}, not a plain nn.Linear; "
             "leave the head out of LoRA's target_modules and modules_to_save, and unquantized"
         )
     return head
+
+
+def whole_shape(weight: Tensor) -> torch.Size:
+    """Of a weight that ZeRO-3 may have cut into shards."""
+    return getattr(weight, "ds_shape", weight.shape)
 
 
 def find_transform(model: PreTrainedModel) -> HeadTransform:

@@ -15,17 +15,20 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from datasets import Dataset
 from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from hdpo_train.data import PairCollator
 from hdpo_train.head import PairBatch, bare
+from hdpo_train.ranks import as_in_training, gathered, shards
 
 logger = logging.get_logger(__name__)
 COLUMNS = ("ref_chosen_logp", "ref_rejected_logp")
@@ -50,13 +53,24 @@ def with_reference(
     """The data set with columns ref_chosen_logp and ref_rejected_logp (nats, sums over the completion).
 
     dataset: prompt_ids, chosen_ids, rejected_ids. model: the reference, taught the loss by `head.attach_loss`; it runs
-    in eval mode under the accelerator's autocast, which is what training runs under. without_adapter:
+    in eval mode in the precision that training runs in, whole on every rank. without_adapter:
     the reference is a peft model's base. batch_size: pairs. cache_dir None: hdpo_reference in the Hugging Face cache.
+
+    Raises ValueError if the ranks do not have the same reference and data.
     """
     if set(COLUMNS) <= set(dataset.column_names):
         return dataset
-    with model.disable_adapter() if without_adapter else contextlib.nullcontext():  # type: ignore[operator]
-        key = cache_key(dataset, model, accelerator.mixed_precision, without_adapter)
+    with (
+        gathered(model),
+        model.disable_adapter() if without_adapter else contextlib.nullcontext(),  # type: ignore[operator]
+    ):
+        precision = accelerator.mixed_precision + (" weights" if shards(accelerator) else "")
+        key = cache_key(dataset, model, precision, without_adapter)
+        if len(set(gather_object([key]))) > 1:
+            raise ValueError(
+                f"the ranks have different reference models or different {name} sets: load the same weights on all of "
+                "them (under FSDP: fsdp_cpu_ram_efficient_loading: false)"
+            )
         path = Path(cache_dir or Path(HF_HOME) / "hdpo_reference").expanduser() / f"{key[:32]}.safetensors"
         logps = _read(path, key, len(dataset))
         if accelerator.num_processes > 1:  # all ranks read it, or all compute
@@ -86,6 +100,7 @@ def cache_key(dataset: Dataset, model: nn.Module, precision: str, without_adapte
         if adapter is not None and adapter in name:
             continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
     for batch in dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).iter(batch_size=1000):
         digest.update(repr(batch).encode())
@@ -107,10 +122,10 @@ def _compute(
     model.eval()
     parts = []
     description = f"Reference log-probs ({name})"
-    for batch in tqdm(loader, desc=description, unit="batch", disable=not accelerator.is_main_process):
-        with accelerator.autocast():
+    with as_in_training(model, accelerator):
+        for batch in tqdm(loader, desc=description, unit="batch", disable=not accelerator.is_main_process):
             logps = model(**model_inputs(batch, accelerator.device)).logps.view(-1, 2)
-        parts.append(accelerator.gather_for_metrics(logps).float().cpu())
+            parts.append(accelerator.gather_for_metrics(logps).float().cpu())
     model.train(training)
     logps = torch.cat(parts)
     if len(logps) != len(dataset):

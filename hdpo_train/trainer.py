@@ -22,8 +22,9 @@ from hdpo_kernels.checks import check_gradient
 from hdpo_train.checkpoints import WholeCheckpoints, remove_leftovers
 from hdpo_train.config import HDPOConfig
 from hdpo_train.data import PairCollator, tokenize_pairs
-from hdpo_train.head import attach_loss, bare, head_of
+from hdpo_train.head import attach_loss, bare, head_of, whole_shape
 from hdpo_train.output_dir import checkpoint_to_resume, claim_output_dir
+from hdpo_train.ranks import check_dataloading, gathered, keep_output_dtype, weights, without_repeats
 from hdpo_train.reference import COLUMNS, model_inputs, with_reference
 from hdpo_train.report import RunReport, mean_loss
 
@@ -81,7 +82,7 @@ class HDPOTrainer(WholeCheckpoints):
             policy = _add_adapter(policy, peft_config)
         reference: Any = policy if ref_model is None else ref_model
         models: list[Any] = [policy] if reference is policy else [policy, reference]
-        vocab = min(head_of(bare(each)).weight.shape[0] for each in models)
+        vocab = min(whole_shape(head_of(bare(each)).weight)[0] for each in models)
         check_gradient(args.gradient, args.epsilon, vocab)
         if args.disable_dropout:
             for each in models:
@@ -117,6 +118,8 @@ class HDPOTrainer(WholeCheckpoints):
                 f"{self.args.n_gpu} GPUs in one process would be nn.DataParallel, which cannot split packed pairs: "
                 "start one process per GPU (accelerate launch -m hdpo_train, or torchrun), or set CUDA_VISIBLE_DEVICES"
             )
+        check_dataloading(self.accelerator)
+        keep_output_dtype(self.accelerator)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch's pairs, and
         self.loss_is_scaled_for_ga = False  # Trainer divides it by the number of accumulation steps
         self._sums: dict[str, list[Tensor]] = defaultdict(list)  # per mode: one vector per batch, see _SUMS
@@ -124,7 +127,8 @@ class HDPOTrainer(WholeCheckpoints):
         for each in models:
             if each is not policy and self.place_model_on_device:
                 each.to(args.device)
-            attach_loss(bare(each), args.loss_kwargs())
+            with gathered(each):
+                attach_loss(bare(each), args.loss_kwargs())
 
         def refer(dataset: Dataset, name: str) -> Dataset:
             return with_reference(
@@ -176,8 +180,23 @@ class HDPOTrainer(WholeCheckpoints):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         result: HDPOLoss = model(**model_inputs(inputs, self.accelerator.device))
-        self._sums["train" if model.training else "eval"].append(self._batch_sums(result, inputs))
-        return (result.loss, result) if return_outputs else result.loss
+        weight = inputs.get("weight", 1.0)  # 0: the pair is a repeat
+        self._sums["train" if model.training else "eval"].append(self._batch_sums(result, inputs) * (weight > 0))
+        loss = result.loss * weight
+        return (loss, result) if return_outputs else loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
+        """A step's micro-batches, without repeated pairs, and each with its weight in the step."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        pairs = [len(batch["cu_seqlens"]) // 2 for batch in batches]
+        if batches:
+            batches[-1], pairs[-1] = without_repeats(batches[-1], self.accelerator, self.args.dataloader_drop_last)
+        shares = weights(pairs, self.accelerator)
+        return [{**batch, "weight": share} for batch, share in zip(batches, shares, strict=True)], num_items
+
+    def _prepare_input(self, data: Any) -> Any:
+        # never to another dtype, as Trainer does under DeepSpeed: reference log-probs in bf16 are wrong by nats
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns: Any = ["prompt_ids", "chosen_ids", "rejected_ids", *COLUMNS]
@@ -185,7 +204,8 @@ class HDPOTrainer(WholeCheckpoints):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
-        inputs = self._prepare_inputs(inputs)
+        inputs, pairs = without_repeats(inputs, self.accelerator, self.args.dataloader_drop_last)
+        inputs = {**self._prepare_inputs(inputs), "weight": float(pairs > 0)}
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs), None, None
 

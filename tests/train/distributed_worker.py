@@ -1,59 +1,156 @@
-"""Run by test_distributed.py under torchrun, two gloo processes: python distributed_worker.py ddp|fsdp FOLDER"""
+"""Run by test_distributed.py with gloo processes: python distributed_worker.py FOLDER MODE …, or zero3 OPTION …"""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState, PartialState
 from datasets import Dataset
-from torch.distributed.fsdp import fully_shard
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
 
 from hdpo_train import HDPOConfig, HDPOTrainer
+from hdpo_train.__main__ import main
 from hdpo_train.data import PairCollator, tokenize_pairs
 from hdpo_train.head import attach_loss
 from hdpo_train.reference import model_inputs
 from tests.train.tiny import make_model, make_records
 
+PAIRS_PER_STEP = 8
+# name: pairs to train on, gradient accumulation of the ranks (one process: none), options
+CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "even": (16, 1, {"num_train_epochs": 2}),
+    "odd last batch": (13, 1, {"num_train_epochs": 2, "eval_strategy": "epoch"}),  # 8 ranks' pairs, then 5
+    "a rank without pairs": (13, 2, {"num_train_epochs": 2, "eval_strategy": "epoch"}),  # 4 + 4, 4 + 1
+    "fewer pairs than ranks": (3, 1, {"num_train_epochs": 2}),
+    "drop_last": (13, 1, {"num_train_epochs": 1, "dataloader_drop_last": True}),
+    "sampled": (16, 1, {"num_train_epochs": 2, "gradient": "sampled", "epsilon": 2**-4}),
+}
+
+
+class Parameters(TrainerCallback):
+    """The parameters after every step; raises if they differ between ranks."""
+
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
+        assert model is not None
+        mine = flat_parameters(model)
+        if dist.is_initialized():
+            all_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+            dist.all_gather(all_ranks, mine)
+            for rank, theirs in enumerate(all_ranks):
+                assert torch.equal(mine, theirs), f"step {state.global_step}: rank {rank} has other parameters"
+        self.steps.append(mine)
+
+
+def flat_parameters(model: nn.Module) -> torch.Tensor:
+    whole = (p.detach().full_tensor() if isinstance(p, DTensor) else p.detach() for p in model.parameters())
+    return torch.cat([p.flatten() for p in whole])
+
+
+def make_trainer(folder: Path, case: str, ranks: int, seed: int = 0, **options: Any) -> HDPOTrainer:
+    """A trainer for the case on so many ranks."""
+    pairs, accumulate, case_options = CASES[case]
+    accumulate = accumulate if ranks > 1 else 1
+    args = HDPOConfig(
+        output_dir=str(folder / case / "out"), ref_cache_dir=str(folder / case / "reference"), use_cpu=True, alpha=0.9,
+        per_device_train_batch_size=PAIRS_PER_STEP // ranks // accumulate, gradient_accumulation_steps=accumulate,
+        per_device_eval_batch_size=2 if ranks > 1 else 7, learning_rate=1e-3, logging_steps=1, save_strategy="no",
+        disable_tqdm=True, lr_scheduler_type="constant", report_to="none", **{**case_options, **options},
+    )  # fmt: skip
+    return HDPOTrainer(
+        make_model(seed=seed), args=args, callbacks=[Parameters()],
+        train_dataset=Dataset.from_list(make_records(pairs)), eval_dataset=Dataset.from_list(make_records(7, seed=1)),
+        processing_class=AutoTokenizer.from_pretrained(folder.parent / "tokenizer"),
+    )  # fmt: skip
+
+
+def train(folder: Path, case: str, ranks: int, **options: Any) -> tuple[HDPOTrainer, torch.Tensor]:
+    """A run of the case on so many ranks, and (step, parameter) after every step."""
+    trainer = make_trainer(folder, case, ranks, **options)
+    trainer.train()
+    (parameters,) = (call for call in trainer.callback_handler.callbacks if isinstance(call, Parameters))
+    return trainer, torch.stack(parameters.steps)
+
 
 def ddp(folder: Path) -> None:
-    """Two ranks × 2 pairs: the trainer, and after it every parameter equal across ranks."""
-    args = HDPOConfig(
-        output_dir=str(folder / "out"), ref_cache_dir=str(folder / "reference"), use_cpu=True, max_steps=3, alpha=0.9,
-        per_device_train_batch_size=2, learning_rate=1e-3, logging_steps=1, save_strategy="no", disable_tqdm=True,
-        lr_scheduler_type="constant", train_sampling_strategy="sequential",
-    )  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    trainer = HDPOTrainer(
-        make_model(), args=args, train_dataset=Dataset.from_list(make_records()), processing_class=tokenizer
-    )
-    trainer.train()
-    mine = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-    all_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(all_ranks, mine)
-    assert torch.equal(*all_ranks), "parameters differ between ranks"
-    if dist.get_rank() == 0:
-        torch.save(mine, folder / "ddp.pt")
+    ranks = int(os.environ["WORLD_SIZE"])
+    for case in CASES:
+        trainer, steps = train(folder, case, ranks)
+        if dist.get_rank() == 0:
+            torch.save((steps, reference(trainer)), folder / case / "result.pt")
+    refused: dict[str, dict[str, Any]] = {
+        "different reference models": {"seed": dist.get_rank()},
+        "even_batches": {"accelerator_config": {"even_batches": False}},
+        "dispatch_batches": {"accelerator_config": {"dispatch_batches": True}},
+    }
+    for words, options in refused.items():
+        try:
+            make_trainer(folder, "even", ranks, **options)
+        except ValueError as error:
+            assert words in str(error), error
+        else:
+            raise AssertionError(f"not refused: {options}")
+
+
+def reference(trainer: HDPOTrainer) -> torch.Tensor:
+    """(pair, side) log-probs of training and evaluation set"""
+    columns = ["ref_chosen_logp", "ref_rejected_logp"]
+    sets = (trainer.train_dataset, trainer.eval_dataset)
+    return torch.cat([torch.stack([torch.tensor(s[column][:]) for column in columns], 1) for s in sets])
+
+
+def allow_fsdp_on_cpu() -> None:
+    """accelerate shards on GPUs only, and would quietly take DDP on a CPU; but for that one test, it is its code."""
+    original = AcceleratorState.__init__
+
+    def init(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type != DistributedType.FSDP:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = init
 
 
 def fsdp(folder: Path) -> None:
-    """Sharded by fully_shard (layers and root): loss and gradients of the unsharded model."""
-    dist.init_process_group("gloo")
+    """The trainer under accelerate's FSDP2 with the options of the shipped config, in fp32 and in bf16."""
+    allow_fsdp_on_cpu()
+    options = yaml.safe_load((Path(__file__).parents[2] / "configs" / "fsdp2.yaml").read_text())["fsdp_config"]
+    os.environ.update({key.upper(): str(value) for key, value in options.items()}, ACCELERATE_USE_FSDP="true")
+    ranks = int(os.environ["WORLD_SIZE"])
+    for case, name, options in (("odd last batch", "fp32", {}), ("even", "bf16", {"bf16": True})):
+        AcceleratorState._reset_state()
+        trainer, steps = train(folder, case, ranks, **options)
+        assert isinstance(trainer.model, FSDPModule) and isinstance(trainer.model.model.layers[0], FSDPModule)
+        trainer.save_model(str(folder / name))
+        if dist.get_rank() == 0:
+            torch.save((steps, reference(trainer)), folder / f"{name}.pt")
+    AcceleratorState._reset_state()
     compare_sharded(folder, {})
     compare_sharded(folder, {"gradient": "sampled", "epsilon": 2**-4})
 
 
 def compare_sharded(folder: Path, options: dict[str, Any]) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder.parent / "tokenizer")
     examples = tokenize_pairs(Dataset.from_list(make_records(4)), tokenizer)
     batch = PairCollator(1)(list(examples))
     batch["ref_logps"] = -10 - torch.arange(8.0)
     whole, sharded = make_model(), make_model()
     for model in (whole, sharded):
         attach_loss(model, {"alpha": 0.9, "beta": 0.5, **options})
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in sharded.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
@@ -69,6 +166,16 @@ def compare_sharded(folder: Path, options: dict[str, Any]) -> None:
         torch.testing.assert_close(parameter.grad.full_tensor(), expected.grad, msg=f"gradient of {name}")
 
 
+def zero3(*arguments: str) -> None:
+    """The command line under DeepSpeed, which accelerate has on GPUs only; but for the backend, it is its code."""
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)
+    main(list(arguments))
+
+
 if __name__ == "__main__":
-    {"ddp": ddp, "fsdp": fsdp}[sys.argv[1]](Path(sys.argv[2]))
+    if sys.argv[1] == "zero3":
+        zero3(*sys.argv[2:])
+    else:
+        for mode in sys.argv[2:]:
+            {"ddp": ddp, "fsdp": fsdp}[mode](Path(sys.argv[1]) / mode)
     dist.destroy_process_group()

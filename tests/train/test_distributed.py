@@ -1,46 +1,179 @@
-"""The loss under wrappers that must see it: DDP through the trainer, FSDP2's fully_shard around the model."""
+"""Several processes follow one: DDP through the trainer, FSDP2, ZeRO-3, and the configs that are shipped for them."""
 
+import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from transformers import AutoModelForCausalLM
 
-from hdpo_train import HDPOTrainer
 from hdpo_train.report import read_metrics
+from tests.train.distributed_worker import CASES, flat_parameters, reference, train
 from tests.train.tiny import make_model, make_records
 
 ROOT = Path(__file__).parents[2]
 
 
-def run_two(mode: str, folder: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*command, str(ROOT / "tests" / "train" / "distributed_worker.py"), mode, str(folder)],
-        env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-4000:]
-
-
-def test_ddp_follows_one_process_and_keeps_ranks_equal(tokenizer, config, tmp_path):
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    run_two("ddp", tmp_path)
-    args = config(output_dir=str(tmp_path / "one"), max_steps=3, alpha=0.9, train_sampling_strategy="sequential")
-    trainer = HDPOTrainer(
-        make_model(), args=args, train_dataset=Dataset.from_list(make_records()), processing_class=tokenizer
+def run(command: list[str], timeout: int = 200, **environment: str) -> None:
+    """python command, which must succeed in time; torchrun and accelerate end their processes when it does not."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    trainer.train()
-    for one, two in zip(read_metrics(tmp_path / "one")[1:4], read_metrics(tmp_path / "out")[1:4], strict=True):
-        for key in ("loss", "rewards/margins", "entropy", "logps/chosen", "num_tokens"):
-            assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), key
-    one = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-    assert (torch.load(tmp_path / "ddp.pt") - one).abs().max() < 5e-4
+    try:
+        _, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        _, errors = process.communicate()
+        pytest.fail(f"still running after {timeout} s: {errors[-4000:]}")
+    assert process.returncode == 0, errors[-6000:]
 
 
-def test_fsdp_gives_the_gradients_of_the_unsharded_model(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    run_two("fsdp", tmp_path)
+def run_ranks(ranks: int, folder: Path, *modes: str) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    run([*torchrun, str(ROOT / "tests" / "train" / "distributed_worker.py"), str(folder), *modes])
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
+def ranks(request, tokenizer, tmp_path_factory):
+    """All cases on so many ranks: by DDP, and by FSDP2 as configs/fsdp2.yaml has it.
+
+    The worker itself asserts that ranks have equal parameters after every step, and FSDP2's gradients against the
+    unsharded model.
+    """
+    folder = tmp_path_factory.mktemp("ranks")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    run_ranks(request.param, folder, "ddp", "fsdp")
+    return folder
+
+
+@pytest.fixture
+def ddp(ranks):
+    return ranks / "ddp"
+
+
+@pytest.fixture
+def fsdp(ranks):
+    return ranks / "fsdp"
+
+
+@pytest.fixture(scope="module")
+def one(tokenizer, tmp_path_factory):
+    """The oracle: the same cases in one process, each step one batch."""
+    folder = tmp_path_factory.mktemp("one")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    folder /= "one"
+    results = {case: train(folder, case, ranks=1) for case in CASES}
+    return folder, {case: (steps, reference(trainer)) for case, (trainer, steps) in results.items()}
+
+
+def assert_same_metrics(several: Path, one: Path, relative: float) -> None:
+    """Every metric of every line of both runs' metrics.jsonl, but times."""
+    lines = list(zip(read_metrics(several / "out"), read_metrics(one / "out"), strict=True))
+    assert len(lines) > 2
+    for theirs, expected in lines:
+        assert set(theirs) - {"total_flos"} == set(expected) - {"total_flos"}
+        for key, value in expected.items():
+            if isinstance(value, (int, float)) and not any(word in key for word in ("runtime", "per_second", "flos")):
+                assert theirs[key] == pytest.approx(value, rel=relative, abs=1e-6), (expected["step"], key)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "sampled"])
+def test_ddp_takes_the_steps_of_one_process(case, ddp, one):
+    steps, logps = torch.load(ddp / case / "result.pt")
+    folder, results = one
+    expected, expected_logps = results[case]
+    difference = (steps - expected).abs()
+    print(f"{case}: max {difference.max():.1e}, mean {difference.mean():.1e}")
+    assert difference.max() < 1e-5 and difference.mean() < 1e-8  # updates are 1e-3 a step; measured: 1.2e-6, 2e-10
+    torch.testing.assert_close(logps, expected_logps)
+    assert_same_metrics(ddp / case, folder / case, relative=1e-4)
+
+
+def test_ddp_with_the_sampled_gradient_keeps_ranks_equal(ddp, one):
+    # One process draws other random numbers for its rows, so that it takes other steps; the first loss is exact.
+    lines, expected = read_metrics(ddp / "sampled" / "out"), read_metrics(one[0] / "sampled" / "out")
+    assert lines[1]["loss"] == pytest.approx(expected[1]["loss"], rel=1e-5)
+    for line, other in zip(lines[2:5], expected[2:5], strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=0.02)
+
+
+def test_fsdp_takes_the_steps_of_one_process(fsdp, one):
+    steps, logps = torch.load(fsdp / "fp32.pt")
+    folder, results = one
+    expected, expected_logps = results["odd last batch"]
+    difference = (steps - expected).abs()
+    print(f"fsdp: max {difference.max():.1e}, mean {difference.mean():.1e}")
+    assert difference.max() < 1e-5 and difference.mean() < 1e-8
+    torch.testing.assert_close(logps, expected_logps)
+    assert_same_metrics(fsdp / "odd last batch", folder / "odd last batch", relative=1e-4)
+    saved = AutoModelForCausalLM.from_pretrained(fsdp / "fp32")
+    torch.testing.assert_close(flat_parameters(saved), steps[-1])
+
+
+def test_fsdp_in_bf16_starts_from_the_reference(fsdp):
+    # The policy's weights are rounded to bf16 there, and so must be the reference's; but never the log-probs.
+    line = read_metrics(fsdp / "even" / "out")[1]
+    assert line["rewards/margins"] == pytest.approx(line["rewards/initial_margins"], rel=1e-5)
+    steps, logps = torch.load(fsdp / "bf16.pt")
+    assert not torch.equal(logps, logps.bfloat16().float())
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])
+def test_shipped_configs_are_accelerate_configs(name):
+    path = ROOT / "configs" / f"{name}.yaml"
+    config = load_config_from_file(str(path))  # raises for keys that it does not know
+    expected = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
+    assert config.distributed_type == expected[name]
+    options = vars(launch_command_parser().parse_args(["script.py"]))
+    for section in ("fsdp_config", "deepspeed_config"):
+        assert set(getattr(config, section)) <= set(options), section
+    assert f"accelerate launch --config_file configs/{name}.yaml -m hdpo_train" in path.read_text()
+
+
+def test_accelerate_launch_with_the_ddp_config_leaves_a_model(tokenizer, tmp_path):
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in make_records(5)))
+    out = tmp_path / "out"
+    run([
+        "-m", "accelerate.commands.launch", "--config_file", "configs/ddp.yaml", "--num_processes", "2",
+        "-m", "hdpo_train", "--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(out),
+        "--dataset_name", str(tmp_path / "pairs.jsonl"), "--ref_cache_dir", str(tmp_path / "reference"),
+        "--use_cpu", "True", "--per_device_train_batch_size", "1", "--num_train_epochs", "1", "--alpha", "0.9",
+        "--learning_rate", "1e-3", "--logging_steps", "1",
+    ])  # fmt: skip
+    assert sum("loss" in line for line in read_metrics(out)) == 3  # 2 + 2 + 1 pairs
+    saved = flat_parameters(AutoModelForCausalLM.from_pretrained(out))
+    assert 0 < (saved - flat_parameters(make_model())).abs().max() < 0.01
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
+def test_zero3_takes_the_steps_of_one_process(tokenizer, one, tmp_path):
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for name, records in (("train", make_records(13)), ("eval", make_records(7, seed=1))):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    out = tmp_path / "out"
+    worker = ROOT / "tests" / "train" / "distributed_worker.py"
+    run([
+        "-m", "accelerate.commands.launch", "--config_file", "configs/zero3.yaml", "--num_processes", "2", str(worker),
+        "zero3", "--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(out),
+        "--dataset_name", str(tmp_path / "train.jsonl"), "--eval_dataset_name", str(tmp_path / "eval.jsonl"),
+        "--ref_cache_dir", str(tmp_path / "reference"), "--alpha", "0.9", "--learning_rate", "1e-3",
+        "--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "2", "--num_train_epochs", "2",
+        "--eval_strategy", "epoch", "--logging_steps", "1", "--lr_scheduler_type", "constant",
+        "--save_strategy", "no",
+    ], DS_ACCELERATOR="cpu")  # fmt: skip
+    saved = flat_parameters(AutoModelForCausalLM.from_pretrained(out))
+    folder, results = one
+    difference = (saved - results["odd last batch"][0][-1]).abs()
+    print(f"zero3: max {difference.max():.1e}, mean {difference.mean():.1e}")
+    assert difference.max() < 1e-5 and difference.mean() < 1e-8
+    assert_same_metrics(tmp_path, folder / "odd last batch", relative=1e-4)

@@ -1,0 +1,109 @@
+"""Several processes: every pair counts once, and engines that shard the model leave the numbers of the loss alone.
+
+Processes take the same number of batches of the same size, or they would wait for each other for ever: accelerate fills
+the last ones up with pairs from the beginning. Here those are left out again, and every batch weighs what it holds.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from torch import nn
+
+
+def check_dataloading(accelerator: Accelerator) -> None:
+    """Raises ValueError for options of accelerator_config under which ranks would hang or pairs be torn apart."""
+    if accelerator.num_processes == 1:
+        return
+    if not accelerator.even_batches:
+        raise ValueError(
+            "accelerator_config even_batches=False gives ranks different numbers of batches, so that they wait for "
+            "each other for ever; leave it out: pairs that fill up the last batches are not counted"
+        )
+    if accelerator.dispatch_batches:
+        raise ValueError(
+            "accelerator_config dispatch_batches=True cuts one batch into the ranks' shares, which packed pairs do not "
+            "allow; leave it out: every rank reads its own"
+        )
+
+
+def without_repeats(batch: dict[str, Any], accelerator: Accelerator, drop_last: bool) -> tuple[dict[str, Any], int]:
+    """The batch without pairs that only fill it up, and how many pairs are left.
+
+    Where none is left, one stays in the batch, which the rank needs to take part in the others' communication. To be
+    called before the next batch is asked for.
+    """
+    pairs, state = len(batch["cu_seqlens"]) // 2, accelerator.gradient_state
+    if accelerator.num_processes == 1 or drop_last or not state.end_of_dataloader:
+        return batch, pairs
+    # The last batches of all ranks, one after the other, are the pairs that remained and then those that fill up.
+    remained = len(state.active_dataloader.dataset) % (pairs * accelerator.num_processes)
+    if not remained:
+        return batch, pairs
+    own = min(max(remained - accelerator.process_index * pairs, 0), pairs)
+    sequences = 2 * max(own, 1)
+    rows = batch["cu_seqlens"][sequences]
+    ends = {"rows": rows, "labels": rows, "cu_seqlens": sequences + 1}
+    return {key: value[: ends.get(key, sequences)] for key, value in batch.items()}, own
+
+
+def weights(pairs: list[int], accelerator: Accelerator) -> list[Any]:
+    """The factors on the losses of a step's micro-batches, means over so many pairs, that make the mean over
+    micro-batches and ranks the mean over all pairs."""
+    total: Any = sum(pairs)
+    if accelerator.num_processes > 1:
+        total = accelerator.reduce(torch.tensor(float(total), device=accelerator.device), "sum")
+    return [own * len(pairs) * accelerator.num_processes / total for own in pairs]
+
+
+def keep_output_dtype(accelerator: Accelerator) -> None:
+    """Loss and log-probs leave the model in fp32: accelerate has FSDP2 round every output to the parameters' dtype."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    policy: Any = getattr(plugin, "mixed_precision_policy", None)
+    if plugin is not None and getattr(policy, "output_dtype", None) is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
+
+
+def shards(accelerator: Accelerator) -> bool:
+    """Whether an engine takes the model to device, dtype and shards when training begins: FSDP2 or DeepSpeed."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED or bool(getattr(accelerator, "is_fsdp2", False))
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Every rank has the whole weights of a model that was loaded in shards (ZeRO-3's zero.Init)."""
+    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        yield
+
+
+@contextlib.contextmanager
+def as_in_training(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """The model whole, on the device and in training's precision: rounded weights, or autocast."""
+    if len(getattr(model, "hf_device_map", ())) > 1:  # spread over devices by its own hooks
+        with accelerator.autocast():
+            yield
+        return
+    dtype = (
+        {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+        if shards(accelerator)
+        else None
+    )
+    tensors = [*model.parameters(), *model.buffers()]
+    kept = [tensor.data for tensor in tensors]
+    for tensor in tensors:
+        cast = dtype is not None and isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+        tensor.data = tensor.data.to(accelerator.device, dtype if cast else tensor.dtype)
+    try:
+        with contextlib.nullcontext() if shards(accelerator) else accelerator.autocast():
+            yield
+    finally:
+        for tensor, data in zip(tensors, kept, strict=True):
+            tensor.data = data
