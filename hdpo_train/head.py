@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hdpo_kernels import linear_hdpo_loss
+from hdpo_train.packing import Places, backbone_inputs
 
-_BACKBONE_INPUTS = ("input_ids", "attention_mask", "position_ids")
+_BACKBONE_INPUTS = ("input_ids", "attention_mask")
 
 
 class UnsupportedHead(ValueError):
@@ -35,14 +36,14 @@ class HeadTransform(NamedTuple):
 class PairBatch(NamedTuple):
     """What the loss needs beside the backbone's inputs; see `data.PairCollator`."""
 
-    rows: Tensor  # (N,) positions in the flattened (2P · T) whose hidden state predicts a completion token
+    rows: Tensor  # (N,) positions in the flattened (B · R) whose hidden state predicts a completion token
     labels: Tensor  # (N,) those tokens
     cu_seqlens: list[int]  # 2P + 1 boundaries in N
     ref_logps: Tensor | None  # (2P,)
 
 
 def attach_loss(model: PreTrainedModel, loss_kwargs: dict[str, Any]) -> None:
-    """Teach `model(input_ids=…, attention_mask=…, pairs=PairBatch)` to return an HDPOLoss; without pairs as before.
+    """Teach `model(input_ids=…, attention_mask=… or places=…, pairs=…)` to return an HDPOLoss; without pairs as before.
 
     `model` is the bare transformers model (inside any peft wrapper), before it is wrapped for distributed training.
     loss_kwargs: keywords of `linear_hdpo_loss`.
@@ -51,11 +52,15 @@ def attach_loss(model: PreTrainedModel, loss_kwargs: dict[str, Any]) -> None:
     transform = find_transform(model)
     original: Callable[..., Any] = model.forward
 
-    def forward(self: PreTrainedModel, *args: Any, pairs: PairBatch | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: PreTrainedModel, *args: Any, pairs: PairBatch | None = None, places: Places | None = None, **kwargs: Any
+    ) -> Any:
         if pairs is None:
             return original(*args, **kwargs)
         inputs = {name: kwargs[name] for name in _BACKBONE_INPUTS if name in kwargs}
-        hidden = self.base_model(**inputs, use_cache=False).last_hidden_state  # (2P, T, H)
+        if places is not None:
+            inputs |= backbone_inputs(self, places)
+        hidden = self.base_model(**inputs, use_cache=False).last_hidden_state  # (B, R, H)
         scored = hidden.flatten(0, 1).index_select(0, pairs.rows.to(hidden.device))  # (N, H)
         return head_of(self)(scored, pairs)
 

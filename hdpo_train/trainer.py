@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,11 +22,13 @@ from transformers.utils import logging
 from hdpo_kernels import HDPOLoss
 from hdpo_kernels.checks import check_gradient
 from hdpo_train.config import HDPOConfig
-from hdpo_train.data import PairCollator, tokenize_pairs
+from hdpo_train.data import PairCollator, pair_tokens, tokenize_pairs
 from hdpo_train.head import attach_loss, bare, head_of
 from hdpo_train.output_dir import checkpoint_to_resume, claim_output_dir
+from hdpo_train.packing import find_layout
 from hdpo_train.reference import COLUMNS, model_inputs, with_reference
 from hdpo_train.report import RunReport
+from hdpo_train.sampler import TokenBudgetSampler
 
 logger = logging.get_logger(__name__)
 
@@ -45,7 +48,8 @@ class HDPOTrainer(Trainer):
 
     Metrics: rewards/chosen, rewards/rejected (α-weighted, β(αℓ − ρ)), rewards/accuracies, rewards/margins,
     rewards/initial_margins ((α − 1)β(ρ_w − ρ_l): the margin of an untrained policy), logps/chosen, logps/rejected,
-    entropy, entropy/chosen, entropy/rejected (nats per completion token), num_tokens.
+    entropy, entropy/chosen, entropy/rejected (nats per completion token), num_tokens (of prompt and completion of all
+    sequences so far: the same number whatever the layout).
 
     Raises ValueError for a head that cannot be represented, data that cannot be trained on, and options out of range.
     """
@@ -100,11 +104,9 @@ class HDPOTrainer(Trainer):
             _check_vocabulary(dataset, vocab, name)
             return dataset
 
-        collator = PairCollator(_pad_token_id(tokenizer))
         super().__init__(
             model=policy,
             args=args,
-            data_collator=collator,
             train_dataset=_map_datasets(train_dataset, tokenize, "train"),
             eval_dataset=_map_datasets(eval_dataset, tokenize, "eval"),
             processing_class=tokenizer,
@@ -125,6 +127,8 @@ class HDPOTrainer(Trainer):
             if each is not policy and self.place_model_on_device:
                 each.to(args.device)
             attach_loss(bare(each), args.loss_kwargs())
+        self.layout = find_layout([bare(each) for each in models], args.packing, args.shared_prompt)
+        self.data_collator = collator = PairCollator(_pad_token_id(tokenizer), self.layout)
 
         def refer(dataset: Dataset, name: str) -> Dataset:
             return with_reference(
@@ -170,9 +174,51 @@ class HDPOTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        """num_items_in_batch: pairs of the optimizer step, see `get_batch_samples`."""
         result: HDPOLoss = model(**model_inputs(inputs, self.accelerator.device))
         self._sums["train" if model.training else "eval"].append(self._batch_sums(result, inputs))
-        return (result.loss, result) if return_outputs else result.loss
+        loss = result.loss
+        if num_items_in_batch is not None:
+            # A mean over this micro-batch's pairs becomes its share of the mean over all pairs of the step; what is
+            # divided later, by micro-batches (Trainer) and processes (whatever reduces gradients), is multiplied here.
+            parts = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+            loss = loss * (_num_pairs(inputs) * parts / num_items_in_batch)
+        return (loss, result) if return_outputs else loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], int | Tensor]:
+        """The micro-batches of an optimizer step, and how many pairs they have in all processes together."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        pairs: int | Tensor = sum(map(_num_pairs, batches))
+        if self.accelerator.num_processes > 1:
+            pairs = self.accelerator.reduce(torch.tensor(float(pairs), device=self.accelerator.device), "sum")
+        return batches, pairs
+
+    def get_train_dataloader(self) -> DataLoader:
+        args = self.args
+        if args.max_tokens_per_batch is None:
+            return super().get_train_dataloader()
+        sampler = TokenBudgetSampler(
+            pair_tokens(self.train_dataset, self.layout),
+            args.max_tokens_per_batch,
+            max_pairs=args.train_batch_size,
+            padded=not self.layout.packed,
+            ranks=self.accelerator.num_processes,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
+        loader = DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            generator=torch.Generator(),  # torch's own is left as it is: it drew nothing for these batches
+        )
+        return self.accelerator.prepare(loader)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns: Any = ["prompt_ids", "chosen_ids", "rejected_ids", *COLUMNS]
@@ -216,9 +262,9 @@ class HDPOTrainer(Trainer):
             torch.ones_like(result.margins), result.loss.detach().expand_as(result.margins),
             result.chosen_rewards, result.rejected_rewards, (result.margins > 0).float(), result.margins,
             initial, result.logps[0::2], result.logps[1::2],
-            lengths[0::2], lengths[1::2], nats[0::2], nats[1::2], inputs["attention_mask"],
+            lengths[0::2], lengths[1::2], nats[0::2], nats[1::2], torch.tensor(inputs["num_tokens"]),
         )  # fmt: skip
-        return torch.stack([values.float().sum() for values in per_pair])
+        return torch.stack([values.float().sum().to(result.logps.device) for values in per_pair])
 
     def _metrics(self, mode: str) -> dict[str, float]:
         """Means over all pairs (entropies: over all completion tokens) of all processes since the last log."""
@@ -247,9 +293,14 @@ class HDPOTrainer(Trainer):
             "alpha": args.alpha,
             "beta": args.beta,
             "loss_type": args.loss_type,
+            "layout": str(self.layout),
             "initial_margin": margins.mean().item(),
             "initial_margin_largest": margins.abs().max().item(),
         }
+
+
+def _num_pairs(batch: dict[str, Any]) -> int:
+    return len(batch["cu_seqlens"]) // 2
 
 
 def load_model(name: str, init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:
