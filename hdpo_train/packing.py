@@ -167,12 +167,13 @@ def backbone_inputs(model: PreTrainedModel, places: Places) -> dict[str, Any]:
         return {"position_ids": position_ids, "attention_mask": None, **varlen, "max_length_k": longest}
     if attention not in ("sdpa", "eager", "flex_attention"):
         raise Unpackable(f"attention implementation {attention!r} takes no mask that is known here (sdpa does)")
+    prompts = segment_ids - segment_ids % 3
     make_mask: Any = ALL_MASK_ATTENTION_FUNCTIONS[attention]
 
     def mask(window: int | None) -> Any:
         def sees(b: Any, head: Any, i: Any, j: Any) -> Any:
-            mine, theirs = segment_ids[b, i], segment_ids[b, j]
-            seen = (j <= i) & ((theirs == mine) | (theirs == mine - mine % 3))
+            theirs = segment_ids[b, j]
+            seen = (j <= i) & ((theirs == segment_ids[b, i]) | (theirs == prompts[b, i]))
             return seen if window is None else seen & (position_ids[b, i] - position_ids[b, j] < window)
 
         B, R = segment_ids.shape
@@ -269,7 +270,7 @@ def _probe(model: PreTrainedModel, layout: Layout) -> None:
         except Unpackable:
             raise
         except Exception as error:  # models that take no mask of this kind say so in many ways
-            raise Unpackable(f"{type(error).__name__}: {error}") from error
+            raise Unpackable(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}") from error
         truth, mixed = hidden(alone)[:, 3:6].flatten(0, 1), hidden(row)[0, batch["rows"]]
     difference, scale = (packed - truth).norm(), (mixed - truth).norm()
     rounding = 5e-3 if model.dtype == torch.float32 else 5e-2  # measured: 1e-6 and 1e-2

@@ -52,7 +52,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
         self.repeats = -len(self.sizes) % ranks
         if self.repeats:
             logger.warning(
-                f"{self.repeats} of {len(lengths)} pairs are taken twice per epoch, to fill {ranks} processes"
+                f"{self.repeats} of {len(lengths)} pairs are taken twice an epoch, to fill {ranks} processes"
             )
 
     def __len__(self) -> int:

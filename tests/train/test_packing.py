@@ -1,7 +1,11 @@
 """Packed batches and shared prompts: the same loss and gradients as padded batches, or a refusal; the token budget."""
 
 import logging
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +16,9 @@ from hdpo_train.data import PairCollator
 from hdpo_train.head import attach_loss
 from hdpo_train.packing import PADDED, Layout, find_layout, lay_out
 from hdpo_train.reference import model_inputs
-from tests.train.tiny import FAMILIES, VOCAB, make_model
+from hdpo_train.report import read_metrics
+from hdpo_train.sampler import TokenBudgetSampler
+from tests.train.tiny import FAMILIES, VOCAB, make_model, make_records
 
 WINDOW = 5
 SIZE = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
@@ -224,8 +230,141 @@ def library_log(caplog):
 def test_find_layout_falls_back_or_refuses_where_sequences_are_not_kept_apart(kind, library_log):
     model = recurrent(kind)
     assert find_layout([model]) == PADDED
-    print(library_log.text)
     assert f"{type(model).__name__} gets padded batches" in library_log.text
     with pytest.raises(ValueError, match=f"{type(model).__name__} cannot run packed batches: .*leave out packing"):
         find_layout([model], packing=True)
     assert find_layout([model], packing=False) == PADDED
+
+
+# ---- a budget of tokens ----------------------------------------------------------------------------------------------
+
+
+def random_lengths(count=200, seed=0):
+    generator = random.Random(seed)
+    return [round(2 ** generator.uniform(4, 11)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_sampler_takes_every_pair_once_within_the_budget(ranks, padded):
+    lengths, epoch = random_lengths(), [0]
+    options = dict(max_pairs=24, padded=padded, ranks=ranks, epoch=lambda: epoch[0])
+    sampler = TokenBudgetSampler(lengths, 1500, **options)
+    seen = []
+    for epoch[0] in range(3):
+        batches = list(sampler)
+        assert len(batches) == len(sampler) and len(batches) % ranks == 0
+        assert sorted(pair for batch in batches for pair in batch) == list(range(len(lengths)))
+        for batch in batches:
+            sizes = [lengths[pair] for pair in batch]
+            assert len(batch) == 1 or (max(sizes) * len(sizes) if padded else sum(sizes)) <= 1500
+            assert len(batch) <= 24 and max(sizes) < 2 * min(sizes) + 100
+        assert batches == list(sampler) == list(TokenBudgetSampler(lengths, 1500, **options))
+        seen.append(batches)
+    assert seen[0] != seen[1] and {frozenset(b) for b in seen[0]} != {frozenset(b) for b in seen[1]}
+    epoch[0] = 0
+    assert list(TokenBudgetSampler(lengths, 1500, **options, seed=1)) != seen[0]
+    longer = [length for length in lengths if length > 1500]
+    assert longer and sum(len(batch) == 1 for batch in seen[0]) >= len(longer)
+
+
+def test_sampler_fills_the_budget():
+    lengths = [104] * 64  # between two steps of length, and 16 of them are exactly the budget
+    assert [len(batch) for batch in TokenBudgetSampler(lengths, 1664, max_pairs=100)] == [16] * 4
+    lengths = random_lengths(2000)
+    sampler = TokenBudgetSampler(lengths, 8192, max_pairs=10_000)
+    assert sum(lengths) > 0.85 * 8192 * len(sampler)
+
+
+def test_sampler_says_what_it_cannot_do(library_log):
+    sampler = TokenBudgetSampler([100] * 5, 150, max_pairs=8, ranks=4)
+    batches = list(sampler)
+    assert len(batches) == 8 and "3 of 5 pairs are taken twice an epoch, to fill 4 processes" in library_log.text
+    library_log.clear()
+    TokenBudgetSampler([10] * 64, 10_000, max_pairs=8)
+    assert "8 of 8 micro-batches end at 8 pairs, not at max_tokens_per_batch=10000" in library_log.text
+
+
+def one_step(tokenizer, args):
+    """Metrics of an epoch that is one step, and how far SGD went: as far as the gradient says."""
+    from tests.train.test_trainer import make_trainer
+
+    trainer = make_trainer(args, tokenizer, make_model(), make_records(13))
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    way = [(p.detach() - start).flatten() for p, start in zip(trainer.model.parameters(), before, strict=True)]
+    return read_metrics(args.output_dir), torch.cat(way), trainer
+
+
+SGD = dict(optim="sgd", max_steps=1, alpha=0.8, max_grad_norm=0.0, learning_rate=0.1)
+UNEVEN = dict(max_tokens_per_batch=90, gradient_accumulation_steps=100, per_device_train_batch_size=4)
+
+
+def test_train_weighs_pairs_equally_in_uneven_micro_batches(tokenizer, config, tmp_path):
+    padded = config(**SGD, per_device_train_batch_size=13, packing=False)
+    uneven = config(**SGD, **UNEVEN, output_dir=str(tmp_path / "uneven"))
+    (start, expected, *_), way, _ = one_step(tokenizer, padded)
+    (packed_start, found, *_), packed_way, trainer = one_step(tokenizer, uneven)
+    sizes = trainer.get_train_dataloader().batch_sampler.sizes
+    assert len(set(sizes)) > 1 and sum(sizes) == 13
+    assert start["layout"] == "padded" and packed_start["layout"] == "packed, prompts shared where it pays"
+    for key in ("loss", "rewards/margins", "entropy", "logps/chosen", "num_tokens", "grad_norm"):
+        assert found[key] == pytest.approx(expected[key], rel=1e-4), key
+    assert (packed_way - way).norm() < 1e-3 * way.norm()
+
+
+def test_train_weighs_pairs_equally_in_uneven_micro_batches_of_two_processes(tokenizer, config, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    worker = Path(__file__).with_name("packing_worker.py")
+    environment = {**os.environ, "PYTHONPATH": str(worker.parents[2]), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([*command, str(worker), str(tmp_path)], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    _, way, _ = one_step(tokenizer, config(**SGD, per_device_train_batch_size=13, packing=False))
+    assert (torch.load(tmp_path / "way.pt") - way).norm() < 1e-3 * way.norm()
+
+
+def test_train_with_a_budget_resumes_with_the_metrics_of_an_uninterrupted_run(tokenizer, config):
+    from tests.train.test_trainer import make_trainer
+
+    args = config(max_steps=-1, num_train_epochs=3, save_strategy="steps", save_steps=5, max_tokens_per_batch=120)
+    trainer = make_trainer(args, tokenizer, records=make_records(30))
+    trainer.train()
+    steps = len(trainer.get_train_dataloader())
+    assert steps % 5 and 5 < steps < 15
+    expected = [line for line in read_metrics(args.output_dir) if "loss" in line]
+    assert len(expected) == 3 * steps
+    for checkpoint in (5, steps - steps % 5 + 5):  # in the first epoch and in the second
+        resumed = make_trainer(args, tokenizer, records=make_records(30))
+        resumed.train(resume_from_checkpoint=str(Path(args.output_dir) / f"checkpoint-{checkpoint}"))
+        found = [line for line in read_metrics(args.output_dir) if "loss" in line]
+        assert found == expected
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"shared_prompt": False}, {"shared_prompt": True}, {"packing": False}], ids=str
+)
+def test_train_starts_at_zero_rewards_in_every_layout(options, tokenizer, config):
+    from tests.train.test_trainer import make_trainer
+
+    args = config(max_steps=1, max_tokens_per_batch=100, precompute_ref_batch_size=12, **options)
+    make_trainer(args, tokenizer).train()
+    line = read_metrics(args.output_dir)[1]
+    for key in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+        assert abs(line[key]) < 1e-5, key
+    assert line["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"packing": False, "shared_prompt": True}, "leave out packing=False"),
+        ({"max_tokens_per_batch": 0}, "max_tokens_per_batch must be positive or None, got 0"),
+        ({"max_tokens_per_batch": 9, "train_sampling_strategy": "sequential"}, "leave out train_sampling_strategy"),
+        ({"max_tokens_per_batch": 9, "dataloader_drop_last": True}, "leave out dataloader_drop_last"),
+        ({"max_tokens_per_batch": 9, "auto_find_batch_size": True}, "leave out one of the two"),
+    ],
+)
+def test_config_refuses_options_that_exclude_each_other(options, message, config):
+    with pytest.raises(ValueError, match=message):
+        config(**options)
