@@ -5,13 +5,15 @@ import os
 import random
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AttentionInterface, Gemma2Config, MistralConfig, MixtralConfig, Qwen2MoeConfig, Qwen3Config
 from transformers import AutoModelForCausalLM as Auto
-from transformers import Gemma2Config, MistralConfig, MixtralConfig, Qwen2MoeConfig, Qwen3Config
 
+from hdpo_train import packing
 from hdpo_train.data import PairCollator
 from hdpo_train.head import attach_loss
 from hdpo_train.packing import PADDED, Layout, find_layout, lay_out
@@ -224,6 +226,35 @@ def library_log(caplog):
     logging.getLogger("transformers").addHandler(caplog.handler)
     yield caplog
     logging.getLogger("transformers").removeHandler(caplog.handler)
+
+
+def varlen(module, query, key, value, attention_mask, cu_seq_lens_q=None, max_length_q=None, scaling=None, **kwargs):
+    """FlashAttention's varlen interface in torch: what a row's boundaries keep apart, else plain causal."""
+    assert attention_mask is None
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    bounds = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
+    assert max_length_q is None or max_length_q == max(end - start for start, end in pairwise(bounds))
+    parts = [
+        torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], is_causal=True, scale=scaling
+        )
+        for start, end in pairwise(bounds)
+    ]
+    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
+
+
+def test_flash_attention_gets_the_boundaries_and_shares_no_prompts(library_log, monkeypatch):
+    monkeypatch.setattr(packing, "_is_flash", lambda config: "varlen" in config._attn_implementation)
+    AttentionInterface.register("varlen_stand_in", varlen)
+    model = with_loss("llama")
+    padded = step(model, make_examples(), PADDED)
+    model.set_attn_implementation("varlen_stand_in")
+    assert find_layout([model]) == Layout(True)
+    assert "varlen_stand_in has no mask to share the prompts" in library_log.text
+    assert_same_step(step(model, make_examples(), Layout(True)), padded)
+    with pytest.raises(ValueError, match="varlen_stand_in has no mask to share prompts"):
+        find_layout([model], shared_prompt=True)
 
 
 @pytest.mark.parametrize("kind", ["mamba", "recurrent-gemma", "rwkv", "bloom"])
