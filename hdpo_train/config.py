@@ -72,6 +72,28 @@ class HDPOConfig(TrainingArguments):
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Most tokens of a prompt; its beginning is cut. None: no cut."}
     )
+    packing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Lay sequences end to end instead of padding them. Default: where a probe finds that the model's "
+            "attention keeps them apart, else padded, with a warning. True: stop if it does not."
+        },
+    )
+    shared_prompt: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute a prompt once for chosen and rejected. Default: where the attention implementation can "
+            "(flex_attention, sdpa, eager) and it is less work. True: always. False: never."
+        },
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens of a micro-batch per device, pairs of similar length together; "
+            "per_device_train_batch_size is then the most pairs it may have. Every pair of an optimizer step weighs "
+            "the same, however many there are. A longer pair is a batch of its own. Default: no limit."
+        },
+    )
     on_bad_record: str = field(
         default="stop",
         metadata={
@@ -125,7 +147,18 @@ class HDPOConfig(TrainingArguments):
                 "use_liger_kernel replaces the model's forward, where the loss is computed; keep its other kernels by "
                 "liger_kernel_config={'fused_linear_cross_entropy': False, 'cross_entropy': False}"
             )
-        for name in ("max_length", "max_prompt_length", "chunk_bytes", "precompute_ref_batch_size"):
+        if self.packing is False and self.shared_prompt:
+            raise ValueError("shared_prompt=True lays prompt, chosen and rejected end to end; leave out packing=False")
+        if self.max_tokens_per_batch is not None:
+            for name, default in (("train_sampling_strategy", "random"), ("dataloader_drop_last", False)):
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"max_tokens_per_batch makes its own batches, of every pair and by length: leave out {name}"
+                    )
+            if self.auto_find_batch_size:
+                raise ValueError("auto_find_batch_size does not lower max_tokens_per_batch; leave out one of the two")
+        lengths = ("max_length", "max_prompt_length", "max_tokens_per_batch")
+        for name in (*lengths, "chunk_bytes", "precompute_ref_batch_size"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive or None, got {value}")

@@ -20,9 +20,10 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from hdpo_train import records
+from hdpo_train.packing import PADDED, Layout, lay_out
 from hdpo_train.records import BadRecord, described, load_records
 
-__all__ = ["PairCollator", "load_records", "tokenize_pairs"]
+__all__ = ["PairCollator", "load_records", "pair_tokens", "tokenize_pairs"]
 
 logger = logging.getLogger(__name__)
 
@@ -260,22 +261,41 @@ def _fit(pair: Pair, tokenizer: PreTrainedTokenizerBase, max_length: int | None,
     return prompt, chosen, rejected
 
 
+def pair_tokens(dataset: Dataset, layout: Layout) -> list[int]:
+    """Tokens that each tokenized pair puts into a batch."""
+    columns = ([len(ids) for ids in dataset[column][:]] for column in _IDS)
+    return [layout.tokens(*lengths) for lengths in zip(*columns, strict=True)]
+
+
+class Examples:
+    """What a batch was made of; no list, in which frameworks would look for tensors."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+
 @dataclass
 class PairCollator:
-    """Pack P tokenized pairs into a batch of S = 2P sequences, padded on the right to the longest, T tokens.
+    """Lay out P tokenized pairs, S = 2P sequences, as a batch of B rows of R tokens.
 
-    Chosen and rejected are interleaved: row 2p is the chosen sequence of pair p, row 2p + 1 its rejected one. Only the
-    N positions that predict a completion token are scored: neither padding nor prompt reaches the LM head.
+    Chosen and rejected are interleaved: sequence 2p is the chosen one of pair p, 2p + 1 its rejected one. Only the N
+    positions that predict a completion token are scored: neither padding nor prompt reaches the LM head.
 
     Args:
         pad_token_id: the token to pad with; it is masked, so that any token of the vocabulary will do.
+        layout: see `packing`; by default a row for each sequence, padded on the right to the longest.
 
     A call takes a list of examples {prompt_ids, chosen_ids, rejected_ids} and returns
-        input_ids (S, T) int64 · attention_mask (S, T) int64, 1 for a token, 0 for padding
-        rows (N,) int64: indices into the S·T flattened positions; the hidden state there predicts the label
+        input_ids (B, R) int64
+        attention_mask (B, R) int64, 1 for a token, 0 for padding: if the layout is padded; else
+            position_ids, segment_ids (B, R) int64 and document_lengths, ints: see `packing.Places`
+        rows (N,) int64: indices into the B·R flattened positions; the hidden state there predicts the label. With a
+            shared prompt its last position predicts the first token of both sequences, and is in rows twice.
         labels (N,) int64: the completion tokens
         cu_seqlens, S + 1 ints: sequence s has rows and labels cu_seqlens[s] to cu_seqlens[s + 1]; a list, so that no
             framework moves it to the device
+        num_tokens: tokens of prompt and completion of all sequences, whatever the layout saves or adds
+        examples: the list itself, from which a part of the batch can be laid out again
         ref_logps (S,) float32, nats: if the examples have ref_chosen_logp and ref_rejected_logp
 
     Raises:
@@ -283,29 +303,15 @@ class PairCollator:
     """
 
     pad_token_id: int
+    layout: Layout = PADDED
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        sequences = [(e["prompt_ids"], e[side]) for e in examples for side in ("chosen_ids", "rejected_ids")]
-        T = max(len(prompt) + len(completion) for prompt, completion in sequences)
-        input_ids = torch.full((len(sequences), T), self.pad_token_id)
-        attention_mask = torch.zeros_like(input_ids)
-        spans, cu_seqlens = [], [0]
-        for s, (prompt, completion) in enumerate(sequences):
+        pairs = [(e["prompt_ids"], e["chosen_ids"], e["rejected_ids"]) for e in examples]
+        for number, (prompt, _, _) in enumerate(pairs):
             if not len(prompt):
-                raise ValueError(f"prompt_ids of pair {s // 2} in the batch is empty: nothing predicts its completions")
-            end = len(prompt) + len(completion)
-            input_ids[s, :end] = torch.tensor([*prompt, *completion])
-            attention_mask[s, :end] = 1
-            spans.append(torch.arange(len(prompt) - 1, end - 1) + s * T)
-            cu_seqlens.append(cu_seqlens[-1] + len(completion))
-        rows = torch.cat(spans)
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "rows": rows,
-            "labels": input_ids.flatten()[rows + 1],
-            "cu_seqlens": cu_seqlens,
-        }
+                raise ValueError(f"prompt_ids of pair {number} in the batch is empty: nothing predicts its completions")
+        batch = lay_out(pairs, self.layout, self.pad_token_id)
+        batch["examples"] = Examples(examples)
         if "ref_chosen_logp" in examples[0]:
             logps = [e[key] for e in examples for key in ("ref_chosen_logp", "ref_rejected_logp")]
             batch["ref_logps"] = torch.tensor(logps, dtype=torch.float32)

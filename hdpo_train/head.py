@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hdpo_kernels import linear_hdpo_loss
+from hdpo_train.packing import Places, backbone_inputs
 
-_BACKBONE_INPUTS = ("input_ids", "attention_mask", "position_ids")
+_BACKBONE_INPUTS = ("input_ids", "attention_mask")
 
 
 class UnsupportedHead(ValueError):
@@ -39,14 +40,14 @@ class PairBatch:
     """
 
     def __init__(self, rows: Tensor, labels: Tensor, cu_seqlens: list[int], ref_logps: Tensor | None) -> None:
-        self.rows = rows  # (N,) positions in the flattened (2P · T) whose hidden state predicts a completion token
+        self.rows = rows  # (N,) positions in the flattened (B · R) whose hidden state predicts a completion token
         self.labels = labels  # (N,) those tokens
         self.cu_seqlens = cu_seqlens  # 2P + 1 boundaries in N
         self.ref_logps = ref_logps  # (2P,)
 
 
 def attach_loss(model: PreTrainedModel, loss_kwargs: dict[str, Any], transform: HeadTransform | None = None) -> None:
-    """Teach `model(input_ids=…, attention_mask=…, pairs=PairBatch)` to return an HDPOLoss; without pairs as before.
+    """Teach `model(input_ids=…, attention_mask=… or places=…, pairs=…)` to return an HDPOLoss; without pairs as before.
 
     `model` is the bare transformers model (inside any peft wrapper), before it is wrapped for distributed training.
     loss_kwargs: keywords of `linear_hdpo_loss`. transform: what comes after the head, if it need not be found out.
@@ -55,11 +56,15 @@ def attach_loss(model: PreTrainedModel, loss_kwargs: dict[str, Any], transform: 
     transform = transform or find_transform(model)
     original: Callable[..., Any] = model.forward
 
-    def forward(self: PreTrainedModel, *args: Any, pairs: PairBatch | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: PreTrainedModel, *args: Any, pairs: PairBatch | None = None, places: Places | None = None, **kwargs: Any
+    ) -> Any:
         if pairs is None:
             return original(*args, **kwargs)
         inputs = {name: kwargs[name] for name in _BACKBONE_INPUTS if name in kwargs}
-        hidden = self.base_model(**inputs, use_cache=False).last_hidden_state  # (2P, T, H)
+        if places is not None:
+            inputs |= backbone_inputs(self, places)
+        hidden = self.base_model(**inputs, use_cache=False).last_hidden_state  # (B, R, H)
         scored = hidden.flatten(0, 1).index_select(0, pairs.rows.to(hidden.device))  # (N, H)
         return head_of(self)(scored, pairs)
 

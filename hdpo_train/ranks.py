@@ -30,24 +30,17 @@ def check_dataloading(accelerator: Accelerator) -> None:
         )
 
 
-def without_repeats(batch: dict[str, Any], accelerator: Accelerator, drop_last: bool) -> tuple[dict[str, Any], int]:
-    """The batch without pairs that only fill it up, and how many pairs are left.
+def own_pairs(pairs: int, accelerator: Accelerator) -> int:
+    """How many of a batch's pairs do not only fill it up; the rank may have none, and must still take part.
 
-    Where none is left, one stays in the batch, which the rank needs to take part in the others' communication. To be
-    called before the next batch is asked for.
+    To be called before the next batch is asked for.
     """
-    pairs, state = len(batch["cu_seqlens"]) // 2, accelerator.gradient_state
-    if accelerator.num_processes == 1 or drop_last or not state.end_of_dataloader:
-        return batch, pairs
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.end_of_dataloader:
+        return pairs
     # The last batches of all ranks, one after the other, are the pairs that remained and then those that fill up.
     remained = len(state.active_dataloader.dataset) % (pairs * accelerator.num_processes)
-    if not remained:
-        return batch, pairs
-    own = min(max(remained - accelerator.process_index * pairs, 0), pairs)
-    sequences = 2 * max(own, 1)
-    rows = batch["cu_seqlens"][sequences]
-    ends = {"rows": rows, "labels": rows, "cu_seqlens": sequences + 1}
-    return {key: value[: ends.get(key, sequences)] for key, value in batch.items()}, own
+    return min(max(remained - accelerator.process_index * pairs, 0), pairs) if remained else pairs
 
 
 def weights(pairs: list[int], accelerator: Accelerator) -> list[Any]:

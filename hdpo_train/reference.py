@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from hdpo_train.data import PairCollator
 from hdpo_train.head import PairBatch, bare
+from hdpo_train.packing import Places
 from hdpo_train.ranks import as_in_training, gathered, shards
 
 logger = logging.get_logger(__name__)
@@ -145,7 +146,10 @@ def model_inputs(batch: Mapping, device: torch.device) -> dict:
         key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()
     }
     pairs = PairBatch(on_device["rows"], on_device["labels"], on_device["cu_seqlens"], on_device.get("ref_logps"))
-    return {"input_ids": on_device["input_ids"], "attention_mask": on_device["attention_mask"], "pairs": pairs}
+    inputs = {"input_ids": on_device["input_ids"], "pairs": pairs}
+    if "attention_mask" in on_device:
+        return {**inputs, "attention_mask": on_device["attention_mask"]}
+    return {**inputs, "places": Places(*(on_device[name] for name in Places._fields))}
 
 
 def _checksum(logps: Tensor) -> str:

@@ -1,5 +1,6 @@
 """HDPOTrainer: transformers.Trainer with the H-DPO loss, packed batches and a reference that is never in memory."""
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import pairwise
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,12 +23,14 @@ from hdpo_kernels import HDPOLoss
 from hdpo_kernels.checks import check_gradient
 from hdpo_train.checkpoints import WholeCheckpoints, remove_leftovers
 from hdpo_train.config import HDPOConfig
-from hdpo_train.data import PairCollator, tokenize_pairs
+from hdpo_train.data import PairCollator, pair_tokens, tokenize_pairs
 from hdpo_train.head import attach_loss, bare, head_of, whole_shape
 from hdpo_train.output_dir import checkpoint_to_resume, claim_output_dir
-from hdpo_train.ranks import check_dataloading, gathered, keep_output_dtype, weights, without_repeats
+from hdpo_train.packing import find_layout
+from hdpo_train.ranks import check_dataloading, gathered, keep_output_dtype, own_pairs, weights
 from hdpo_train.reference import COLUMNS, model_inputs, with_reference
 from hdpo_train.report import RunReport, mean_loss
+from hdpo_train.sampler import TokenBudgetSampler
 
 logger = logging.get_logger(__name__)
 
@@ -46,7 +50,8 @@ class HDPOTrainer(WholeCheckpoints):
 
     Metrics: rewards/chosen, rewards/rejected (α-weighted, β(αℓ − ρ)), rewards/accuracies, rewards/margins,
     rewards/initial_margins ((α − 1)β(ρ_w − ρ_l): the margin of an untrained policy), logps/chosen, logps/rejected,
-    entropy, entropy/chosen, entropy/rejected (nats per completion token), num_tokens.
+    entropy, entropy/chosen, entropy/rejected (nats per completion token), num_tokens (of prompt and completion of all
+    sequences so far: the same number whatever the layout).
 
     Raises ValueError for a head that cannot be represented, data that cannot be trained on, and options out of range.
     """
@@ -101,11 +106,9 @@ class HDPOTrainer(WholeCheckpoints):
             _check_vocabulary(dataset, vocab, name)
             return dataset
 
-        collator = PairCollator(_pad_token_id(tokenizer))
         super().__init__(
             model=policy,
             args=args,
-            data_collator=collator,
             train_dataset=_map_datasets(train_dataset, tokenize, "train"),
             eval_dataset=_map_datasets(eval_dataset, tokenize, "eval"),
             processing_class=tokenizer,
@@ -129,6 +132,11 @@ class HDPOTrainer(WholeCheckpoints):
                 each.to(args.device)
             with gathered(each):
                 attach_loss(bare(each), args.loss_kwargs())
+        with contextlib.ExitStack() as stack:
+            for each in models:
+                stack.enter_context(gathered(each))
+            self.layout = find_layout([bare(each) for each in models], args.packing, args.shared_prompt)
+        self.data_collator = collator = PairCollator(_pad_token_id(tokenizer), self.layout)
 
         def refer(dataset: Dataset, name: str) -> Dataset:
             return with_reference(
@@ -188,15 +196,47 @@ class HDPOTrainer(WholeCheckpoints):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
         """A step's micro-batches, without repeated pairs, and each with its weight in the step."""
         batches, num_items = super().get_batch_samples(*args, **kwargs)
-        pairs = [len(batch["cu_seqlens"]) // 2 for batch in batches]
-        if batches:
-            batches[-1], pairs[-1] = without_repeats(batches[-1], self.accelerator, self.args.dataloader_drop_last)
+        pairs = [_num_pairs(batch) for batch in batches]
+        if batches and self.args.max_tokens_per_batch is None:  # whose sampler repeats none
+            batches[-1], pairs[-1] = self._without_repeats(batches[-1])
         shares = weights(pairs, self.accelerator)
         return [{**batch, "weight": share} for batch, share in zip(batches, shares, strict=True)], num_items
+
+    def _without_repeats(self, batch: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        """The batch without pairs that only fill it up, and how many are left; where none is, one stays in it."""
+        pairs = own = _num_pairs(batch)
+        if not self.args.dataloader_drop_last:
+            own = own_pairs(pairs, self.accelerator)
+        return (batch if own == pairs else self.data_collator(batch["examples"].rows[: max(own, 1)])), own  # type: ignore[misc]
 
     def _prepare_input(self, data: Any) -> Any:
         # never to another dtype, as Trainer does under DeepSpeed: reference log-probs in bf16 are wrong by nats
         return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+
+    def get_train_dataloader(self) -> DataLoader:
+        args = self.args
+        if args.max_tokens_per_batch is None:
+            return super().get_train_dataloader()
+        sampler = TokenBudgetSampler(
+            pair_tokens(self.train_dataset, self.layout),
+            args.max_tokens_per_batch,
+            max_pairs=args.train_batch_size,
+            padded=not self.layout.packed,
+            ranks=self.accelerator.num_processes,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
+        loader = DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            generator=torch.Generator(),  # torch's own is left as it is: it drew nothing for these batches
+        )
+        return self.accelerator.prepare(loader)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns: Any = ["prompt_ids", "chosen_ids", "rejected_ids", *COLUMNS]
@@ -204,7 +244,7 @@ class HDPOTrainer(WholeCheckpoints):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
-        inputs, pairs = without_repeats(inputs, self.accelerator, self.args.dataloader_drop_last)
+        inputs, pairs = self._without_repeats(inputs)
         inputs = {**self._prepare_inputs(inputs), "weight": float(pairs > 0)}
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs), None, None
@@ -243,9 +283,9 @@ class HDPOTrainer(WholeCheckpoints):
             torch.ones_like(result.margins), result.loss.detach().expand_as(result.margins),
             result.chosen_rewards, result.rejected_rewards, (result.margins > 0).float(), result.margins,
             initial, result.logps[0::2], result.logps[1::2],
-            lengths[0::2], lengths[1::2], nats[0::2], nats[1::2], inputs["attention_mask"],
+            lengths[0::2], lengths[1::2], nats[0::2], nats[1::2], torch.tensor(inputs["num_tokens"]),
         )  # fmt: skip
-        return torch.stack([values.float().sum() for values in per_pair])
+        return torch.stack([values.float().sum().to(result.logps.device) for values in per_pair])
 
     def _metrics(self, mode: str) -> dict[str, float]:
         """Means over all pairs (entropies: over all completion tokens) of all processes since the last log."""
@@ -274,9 +314,14 @@ class HDPOTrainer(WholeCheckpoints):
             "alpha": args.alpha,
             "beta": args.beta,
             "loss_type": args.loss_type,
+            "layout": str(self.layout),
             "initial_margin": margins.mean().item(),
             "initial_margin_largest": margins.abs().max().item(),
         }
+
+
+def _num_pairs(batch: dict[str, Any]) -> int:
+    return len(batch["cu_seqlens"]) // 2
 
 
 def load_model(name: str, init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:

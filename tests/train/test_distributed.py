@@ -120,7 +120,9 @@ def test_fsdp_takes_the_steps_of_one_process(fsdp, one):
 def test_fsdp_in_bf16_starts_from_the_reference(fsdp):
     # The policy's weights are rounded to bf16 there, and so must be the reference's; but never the log-probs.
     line = read_metrics(fsdp / "even" / "out")[1]
-    assert line["rewards/margins"] == pytest.approx(line["rewards/initial_margins"], rel=1e-5)
+    # Equal but for the rounding of attention, whose sums in bf16 depend on what else lies in a row (measured: 1e-3).
+    # Log-probs rounded to bf16 would be off by one part in 256.
+    assert line["rewards/margins"] == pytest.approx(line["rewards/initial_margins"], rel=2e-3)
     steps, logps = torch.load(fsdp / "bf16.pt")
     assert not torch.equal(logps, logps.bfloat16().float())
 
