@@ -1,7 +1,7 @@
 """What a run will need, before it starts: memory of one process by kind, and time for a step.
 
 Memory: an optimizer step is run without memory or computation (FakeTensorMode) on tensors of the real sizes, and a
-tracker adds up what is alive. Time: the same model with one layer and with two is really run on the device; time is
+tracker adds up what is alive. Time: the same model with one layer and with four is really run on the device; time is
 linear in their number. Of the model only the config is read. Every sequence is taken to have max_length tokens.
 """
 
@@ -26,7 +26,8 @@ from hdpo_train.config import HDPOConfig
 from hdpo_train.head import HeadTransform, PairBatch, attach_loss, bare, head_of
 
 _KINDS = {"weights": "Parameter", "gradients": "Gradient", "optimizer": "Optstate", "activations": "Activation"}
-_STEPS = 3  # timed, after one that is not
+_LAYERS = (1, 4)  # of the models that are timed
+_SECONDS, _STEPS = 2.0, 5  # a model is timed for so long, and so often at least, after one step that is not
 Build = Callable[[Any], nn.Module]  # from a config
 
 
@@ -60,7 +61,7 @@ def describe(plan: Plan, args: HDPOConfig) -> str:
         free, _ = torch.cuda.mem_get_info()
         lines += [f"  {'free now':12}{free / 2**30:9.2f} GiB" + ("" if total < free else ": it does not fit")]
     speed = plan.tokens / plan.seconds
-    lines += ["", f"  {plan.seconds:.3g} s a step, {speed:,.0f} tokens/s; by models of one and of two layers"]
+    lines += ["", f"  {plan.seconds:.3g} s a step, {speed:,.0f} tokens/s; by models of few layers"]
     if device == "cpu":
         lines += [
             "",
@@ -129,10 +130,12 @@ def _add_workspace(model: nn.Module, args: HDPOConfig) -> list[Tensor]:
 
 
 def step_seconds(config: Any, args: HDPOConfig, build: Build) -> float:
-    """Time of an optimizer step: that of a model of one layer, plus what the second adds times the number of others."""
+    """Time of an optimizer step: that of a shallow model, and for every further layer what one adds to it."""
     depth = config.get_text_config().num_hidden_layers
-    one, two = (_time(build(_with_layers(config, layers)), args) for layers in (1, 2))
-    return one + max(two - one, 0.0) * (depth - 1)
+    if depth <= _LAYERS[1]:
+        return _time(build(config), args)
+    shallow, deeper = (_time(build(_with_layers(config, layers)), args) for layers in _LAYERS)
+    return shallow + max(deeper - shallow, 0.0) * (depth - _LAYERS[0]) / (_LAYERS[1] - _LAYERS[0])
 
 
 def _with_layers(config: Any, layers: int) -> Any:
@@ -147,8 +150,8 @@ def _with_layers(config: Any, layers: int) -> Any:
 def _time(model: nn.Module, args: HDPOConfig) -> float:
     model = _prepare(model.to(args.device), args)
     optimizer = _optimizer(model, args)
-    seconds = []
-    for _ in range(1 + _STEPS):
+    seconds: list[float] = []
+    while len(seconds) < 1 + _STEPS or sum(seconds[1:]) < _SECONDS:
         start = time.perf_counter()
         for _ in range(args.gradient_accumulation_steps):
             _micro_batch(model, args, args.device.type)

@@ -1,5 +1,7 @@
 """What `hdpo-train plan` says against what a step really takes."""
 
+import copy
+
 import pytest
 from torch.profiler import ProfilerActivity, profile
 from transformers import Gemma2Config, GPT2Config, LlamaConfig
@@ -62,9 +64,13 @@ def test_memory_is_within_15_percent_of_what_a_step_takes(tmp_path, config, opti
     assert abs(planned - measured) < 0.15 * measured, f"{planned / 2**20:.1f} MiB planned, {measured / 2**20:.1f} taken"
 
 
-def test_time_is_that_of_one_layer_and_the_step_to_the_next(tmp_path, monkeypatch):
+@pytest.mark.parametrize("layers", [2, 4, 7])
+def test_time_is_linear_in_the_layers(tmp_path, monkeypatch, layers):
     monkeypatch.setattr(plan, "_time", lambda model, args: 1.0 + 0.25 * model.config.num_hidden_layers)
-    assert plan.step_seconds(LLAMA, arguments(tmp_path), plan.AutoModelForCausalLM.from_config) == 1.0 + 4 * 0.25
+    config = copy.deepcopy(LLAMA)
+    config.num_hidden_layers = layers
+    seconds = plan.step_seconds(config, arguments(tmp_path), plan.AutoModelForCausalLM.from_config)
+    assert seconds == pytest.approx(1.0 + layers * 0.25)
 
 
 def test_main_prints_a_plan_without_weights_or_data(tmp_path, capsys):
