@@ -651,7 +651,8 @@ def test_pair_collator_scores_exactly_the_completion_tokens(seed, count):
     batch = PairCollator(pad_token_id=0)(examples)
     longest = max(len(e["prompt_ids"]) + max(len(e["chosen_ids"]), len(e["rejected_ids"])) for e in examples)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (2 * count, longest)
-    assert set(batch) == {"input_ids", "attention_mask", "rows", "labels", "cu_seqlens", "num_tokens"}
+    assert set(batch) == {"input_ids", "attention_mask", "rows", "labels", "cu_seqlens", "num_tokens", "examples"}
+    assert batch["examples"].rows is examples
     assert batch["num_tokens"] == batch["attention_mask"].sum()
     assert {batch[key].dtype for key in ("input_ids", "attention_mask", "rows", "labels")} == {torch.int64}
     cu_seqlens = batch["cu_seqlens"]
@@ -702,6 +703,7 @@ def test_pair_collator_takes_tensors_too():
     expected, got = PairCollator(0)(examples), PairCollator(0)([tensors[i] for i in range(3)])
     assert got["cu_seqlens"] == expected.pop("cu_seqlens")
     assert got["num_tokens"] == expected.pop("num_tokens")
+    expected.pop("examples")
     for key, value in expected.items():
         torch.testing.assert_close(got[key], value)
 
