@@ -197,7 +197,7 @@ class HDPOTrainer(WholeCheckpoints):
         """A step's micro-batches, without repeated pairs, and each with its weight in the step."""
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         pairs = [_num_pairs(batch) for batch in batches]
-        if batches and self.args.max_tokens_per_batch is None:  # whose sampler repeats none
+        if batches and self.args.max_tokens_per_batch is None:  # its batches are never filled up by accelerate
             batches[-1], pairs[-1] = self._without_repeats(batches[-1])
         shares = weights(pairs, self.accelerator)
         return [{**batch, "weight": share} for batch, share in zip(batches, shares, strict=True)], num_items
