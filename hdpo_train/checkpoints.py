@@ -89,14 +89,14 @@ class WholeCheckpoints(Trainer):
             run_dir = str(self.args.output_dir)
             last, _ = look_for_checkpoints(Path(run_dir))
             if last:
-                takes = f"the last checkpoint took {_readable(_size(last))}"
+                takes = f"the last checkpoint took {readable(_size(last))}"
                 go_on = f"; {last} is whole, --resume_from_checkpoint true goes on from it"
             else:
                 assert isinstance(self.model, nn.Module)
                 weights = sum(parameter.nbytes for parameter in self.model.parameters())
-                takes, go_on = f"the weights alone are {_readable(weights)}", ""
+                takes, go_on = f"the weights alone are {readable(weights)}", ""
             raise OSError(
-                f"{what} could not be written to {folder}: {cause}. Free there: {_readable(_free(folder))}; {takes}. "
+                f"{what} could not be written to {folder}: {cause}. Free there: {readable(_free(folder))}; {takes}. "
                 "Make room, keep fewer checkpoints (--save_total_limit; while one is written, it comes on top), or "
                 f"choose another --output_dir{go_on}"
             ) from error
@@ -181,7 +181,7 @@ def _free(folder: str) -> int:
     return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
 
 
-def _readable(size: float) -> str:
+def readable(size: float) -> str:
     units = ["bytes", "KiB", "MiB", "GiB", "TiB"]
     while size >= 1000 and len(units) > 1:
         size, units = size / 1024, units[1:]

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, Trainer
 from hdpo_kernels.gemm import UPCAST_BLOCK
 from hdpo_kernels.lm_head import buffers_for
 from hdpo_kernels.rows.torch import BLOCK_BYTES
+from hdpo_train.checkpoints import readable
 from hdpo_train.config import HDPOConfig
 from hdpo_train.head import HeadTransform, PairBatch, attach_loss, bare, head_of
 
@@ -55,11 +56,11 @@ def describe(plan: Plan, args: HDPOConfig) -> str:
     device, total = args.device.type, sum(plan.memory.values())
     pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps
     lines = [f"One process on {device}, steps of {pairs} pairs of 2 × {args.max_length} tokens:", ""]
-    lines += [f"  {name:12}{size / 2**30:9.2f} GiB" for name, size in plan.memory.items()]
-    lines += [f"  {'in all':12}{total / 2**30:9.2f} GiB at the peak of a step"]
+    lines += [f"  {name:12}{readable(size):>12}" for name, size in plan.memory.items()]
+    lines += [f"  {'in all':12}{readable(total):>12} at the peak of a step"]
     if device == "cuda":
         free, _ = torch.cuda.mem_get_info()
-        lines += [f"  {'free now':12}{free / 2**30:9.2f} GiB" + ("" if total < free else ": it does not fit")]
+        lines += [f"  {'free now':12}{readable(free):>12}" + ("" if total < free else ": it does not fit")]
     speed = plan.tokens / plan.seconds
     lines += ["", f"  {plan.seconds:.3g} s a step, {speed:,.0f} tokens/s; by models of few layers"]
     if device == "cpu":
