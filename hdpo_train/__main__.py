@@ -3,12 +3,14 @@
 import argparse
 import copy
 import dataclasses
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, set_seed
 
@@ -70,6 +72,10 @@ def main(argv: list[str] | None = None) -> None:
         if args.log_level == "debug":
             raise
         _fail(f"{error}\n(--log_level debug shows where this was raised)")
+    if dist.is_initialized():
+        # The group outlives this in the trainer's cycles; a thread of gloo that meets Python's end ends in SIGABRT.
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def train(script: ScriptArguments, args: HDPOConfig) -> HDPOTrainer:

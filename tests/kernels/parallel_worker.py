@@ -6,6 +6,10 @@ import os
 import torch
 import torch.distributed as dist
 
+# torch imports this later, when a group is there; it would be a default argument then and stay alive, with its threads,
+# beyond destroy_process_group, and a thread of gloo that meets the end of Python takes the process down (SIGABRT).
+import torch.distributed.nn.functional
+
 from hdpo_kernels import linear_hdpo_loss
 from hdpo_kernels.testing import HeadInputs, run, zipf_inputs
 
