@@ -29,6 +29,7 @@ Trains a causal language model on preference pairs with H-DPO: DPO with control 
   hdpo-train run.yaml --learning_rate 5e-7            the options of a YAML file, some overridden
   hdpo-train … --resume_from_checkpoint               go on from the last whole checkpoint in output_dir, or start if
                                                       there is none: the same command after any crash
+  hdpo-train sweep --alpha 0.8,0.9,1.1 --seeds 3      several α and seeds, each evaluated, and one report (sweep --help)
   hdpo-train plan …                                   the same options: what memory and time a step will need; of the
                                                       model only its config is read, and no data
 
@@ -53,6 +54,14 @@ def main(argv: list[str] | None = None) -> None:
         except (FileExistsError, ValueError) as error:
             _fail(str(error))
         return
+    if argv[0] == "sweep":
+        from hdpo_train import sweep
+
+        try:
+            sweep.main(argv[1:])
+        except (ValueError, OSError, FloatingPointError) as error:
+            _fail(str(error))
+        return
     parser = _parser()
     if {"-h", "--help"} & set(argv):
         _print_help(parser)
@@ -65,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         command, argv = plan, argv[1:]
     if not argv:
         _fail("plan needs the options of a run: hdpo-train plan --model_name_or_path MODEL --max_length 2048 …")
-    script, args = _parse(parser, argv)
+    script, args = parse_options(argv)
     try:
         command(script, args)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
@@ -80,6 +89,23 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(script: ScriptArguments, args: HDPOConfig) -> HDPOTrainer:
     """A run of the command line, from names to a saved model."""
+    trainer = make_trainer(script, args)
+    if trainer.is_world_process_zero():
+        start = trainer.start
+        print(
+            f"{start['pairs']} pairs. Margin before training (0 for α = 1): mean {start['initial_margin']:+.3f}, "
+            f"largest {start['initial_margin_largest']:.3f}"
+        )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        folder = Path(str(args.output_dir))
+        print(f"model: {folder}   metrics: {folder / METRICS_FILE}   plots: {folder / REPORT_FILE}")
+    return trainer
+
+
+def make_trainer(script: ScriptArguments, args: HDPOConfig) -> HDPOTrainer:
+    """Model and data loaded by their names, reference log-probs computed or read."""
     if script.model_name_or_path is None or script.dataset_name is None:
         raise ValueError(
             "--model_name_or_path and --dataset_name are needed to train (with no option at all: the quickstart)"
@@ -100,7 +126,7 @@ def train(script: ScriptArguments, args: HDPOConfig) -> HDPOTrainer:
         init_kwargs["attn_implementation"] = script.attn_implementation
     if isinstance(args.model_init_kwargs, dict):
         init_kwargs |= args.model_init_kwargs
-    trainer = HDPOTrainer(
+    return HDPOTrainer(
         model=load_model(script.model_name_or_path, init_kwargs),
         args=args,
         train_dataset=train_records,
@@ -108,18 +134,6 @@ def train(script: ScriptArguments, args: HDPOConfig) -> HDPOTrainer:
         processing_class=tokenizer,
         peft_config=_lora(script) if script.use_peft else None,
     )
-    if trainer.is_world_process_zero():
-        start = trainer.start
-        print(
-            f"{start['pairs']} pairs. Margin before training (0 for α = 1): mean {start['initial_margin']:+.3f}, "
-            f"largest {start['initial_margin_largest']:.3f}"
-        )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        folder = Path(str(args.output_dir))
-        print(f"model: {folder}   metrics: {folder / METRICS_FILE}   plots: {folder / REPORT_FILE}")
-    return trainer
 
 
 def plan(script: ScriptArguments, args: HDPOConfig) -> None:
@@ -163,8 +177,9 @@ def _parser() -> HfArgumentParser:
     return parser
 
 
-def _parse(parser: HfArgumentParser, argv: list[str]) -> tuple[ScriptArguments, HDPOConfig]:
-    """Flags over the YAML file's values over defaults."""
+def parse_options(argv: list[str]) -> tuple[ScriptArguments, HDPOConfig]:
+    """Flags over the YAML file's values over defaults. Ends the program for an option that does not exist."""
+    parser = _parser()
     if argv[0].endswith((".yaml", ".yml")):
         parser.set_defaults(**_read_yaml(argv[0]))
         argv = argv[1:]

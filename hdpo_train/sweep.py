@@ -16,9 +16,10 @@ import gc
 import json
 import os
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -29,14 +30,32 @@ from transformers.utils import logging
 from hdpo_train import quickstart, sweep_report
 from hdpo_train.checkers import Checker, Problem, make_checker
 from hdpo_train.config import HDPOConfig, ScriptArguments
+from hdpo_train.data import load_records
 from hdpo_train.evaluate import EvalOptions, evaluate
 from hdpo_train.scores import Evaluation
 from hdpo_train.sweep_report import Sweep
 from hdpo_train.trainer import load_model, load_tokenizer
 
-SWEEP_FILE, EVALUATION_FILE, SAMPLES_FILE = "sweep.json", "evaluation.json", "samples.jsonl"
+SWEEP_FILE, PAIRS_FILE = "sweep.json", "pairs.jsonl"
+EVALUATION_FILE, SAMPLES_FILE = "evaluation.json", "samples.jsonl"
 ALPHAS = (0.8, 0.9, 1.0, 1.1, 1.2)
+SET_BY_THE_SWEEP = {
+    "--seed", "--ref_cache_dir", "--overwrite_output_dir", "--resume_from_checkpoint", "--disable_tqdm",
+}  # fmt: skip
 TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.3)  # of the baseline, beside 1
+_EXAMPLES = """\
+Trains with several α and seeds from one model, evaluates every run, and reports what α does: accuracy, pass@k,
+diversity and entropy against α with intervals over seeds, a test of "entropy rises with α", and every α beside the
+α = 1 model at other temperatures: can temperature alone do it?
+
+  hdpo-train sweep                                    the quickstart's task: an SFT model and pairs are made once
+  hdpo-train sweep --model_name_or_path MODEL --dataset_name pairs.jsonl --prompts test.jsonl --checker gsm8k \\
+      --alpha 0.9,0.95,1,1.05 --seeds 3 --learning_rate 5e-7 --beta 0.1
+                                                      your model; what is not listed below is an option of hdpo-train
+  hdpo-train sweep --alpha 0.7 --seeds 5              the same folder again: only what is new is run
+
+It can be stopped and started again at any time. sweep.md and sweep.png in the folder are the report.
+"""
 
 
 class Base(NamedTuple):
@@ -50,9 +69,14 @@ class Base(NamedTuple):
 class Source(Protocol):
     """Where a sweep's model and pairs come from."""
 
-    title: str  # of the report
-    checker: Checker
-    per_seed: bool  # a model and pairs for every seed, or one for all
+    @property
+    def title(self) -> str: ...  # of the report
+
+    @property
+    def per_seed(self) -> bool: ...  # a model and pairs for every seed, or one for all
+
+    @property
+    def checker(self) -> Checker: ...
 
     def settings(self) -> dict[str, Any]:
         """Option -> value: what a sweep that is gone on with must have in common."""
@@ -92,13 +116,15 @@ class TaskModel:
     task: quickstart.Task
     task_settings: quickstart.Settings
     per_seed: bool
+    device: str = "cpu"  # of SFT and of the pairs' samples
 
     @property
     def title(self) -> str:
         return f"{self.task.TITLE}, evaluated on {self.task_settings.held_out} held-out prompts"
 
-    def checker(self, problem: Problem, completion: str) -> bool:
-        return self.task.is_right(str(problem.prompt), completion)
+    @property
+    def checker(self) -> Checker:
+        return lambda problem, completion: self.task.is_right(str(problem.prompt), completion)
 
     def settings(self) -> dict[str, Any]:
         return {"sft_per_seed": self.per_seed, **{f"task.{k}": v for k, v in asdict(self.task_settings).items()}}
@@ -109,13 +135,13 @@ class TaskModel:
         if not folder.exists():
             partial = _partial(folder)
             shutil.rmtree(partial, ignore_errors=True)
-            model, tokenizer = quickstart.sft(prompts, settings, self.task)
+            model, tokenizer = quickstart.sft(prompts, settings, self.task, self.device)
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-            lines = [json.dumps(x) + "\n" for x in quickstart.make_pairs(model, tokenizer, prompts, settings, self.task)]
-            (partial / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
+            pairs = quickstart.make_pairs(model, tokenizer, prompts, settings, self.task)
+            (partial / PAIRS_FILE).write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
             os.replace(partial, folder)
-        return Base(str(folder), str(folder / "pairs.jsonl"), [Problem(prompt, {}) for prompt in held_out])
+        return Base(str(folder), str(folder / PAIRS_FILE), [Problem(prompt, {}) for prompt in held_out])
 
 
 @dataclass(frozen=True)
@@ -125,14 +151,14 @@ class Plan:
     alphas: tuple[float, ...] = ALPHAS
     seeds: int = 3
     training: tuple[str, ...] = ()
-    evaluation: EvalOptions = EvalOptions()  # its temperatures are those of the baseline; 1 is always among them
+    evaluation: EvalOptions = field(default_factory=EvalOptions)  # its temperatures: the baseline's; 1 is one of them
 
     def settings(self) -> dict[str, Any]:
         """What must be the same in all runs: training options that are not the default, and all of the evaluation."""
         script, args = _parse([*self.training, "--output_dir", "sweep"])
         chosen: dict[str, Any] = {}
         for given, default in ((script, ScriptArguments()), (args, HDPOConfig(output_dir="sweep"))):
-            values = ((field.name, getattr(given, field.name)) for field in fields(given))
+            values = ((each.name, getattr(given, each.name)) for each in fields(given))
             chosen |= {name: value for name, value in values if value != getattr(default, name)}
         evaluation = asdict(self.evaluation)
         del evaluation["seed"]  # that of the run
@@ -154,87 +180,95 @@ def sweep(folder: Path, source: Source, plan: Plan) -> Sweep:
     runs: dict[float, list[Evaluation]] = {alpha: [] for alpha in plan.alphas}
     durations: list[float] = []  # of those that were not there
     for number, (alpha, seed) in enumerate(jobs, 1):
-        name = "before training" if alpha is None else f"α = {alpha:g}"
-        print(f"{number} of {len(jobs)}: {name}, seed {seed} … ", end="", flush=True)
-        started = time.perf_counter()
-        evaluation, done = _job(folder, source, plan, alpha, seed, name)
-        (base if alpha is None else runs[alpha]).append(evaluation)
-        if done:
+        job = _Job(alpha, seed, folder, source, plan)
+        if not job.is_done:
+            left = (len(jobs) - number + 1) * statistics.fmean(durations) if durations else None
+            print(
+                f"{number} of {len(jobs)}: {job.name}" + (f"; about {_duration(left)} left" if left else ""), flush=True
+            )
+            started = time.perf_counter()
+            job.run()
             durations.append(time.perf_counter() - started)
-            left = (len(jobs) - number) * sum(durations) / len(durations)
-            print(f"{', '.join(done)}; about {_duration(left)} left", flush=True)
-        else:
-            print("there already", flush=True)
-        gc.collect()  # trainers are in cycles, which hold their models
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        (base if alpha is None else runs[alpha]).append(Evaluation.load(job.folder / EVALUATION_FILE))
+    print(f"{len(jobs)} models evaluated, {len(jobs) - len(durations)} of them before")
     result = Sweep(source.title, source.per_seed, base, runs)
     sweep_report.write(result, folder)
     return result
 
 
-def _job(
-    folder: Path, source: Source, plan: Plan, alpha: float | None, seed: int, name: str
-) -> tuple[Evaluation, list[str]]:
-    """The evaluation of a run, and what had to be done for it."""
-    done: list[str] = []
+@dataclass(frozen=True)
+class _Job:
+    """A model to be made and evaluated: of an α and a seed, or without α the one before training."""
 
-    def timed(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        started = time.perf_counter()
-        result = function(*arguments)
-        done.append(f"{what} {_duration(time.perf_counter() - started)}")
-        return result
+    alpha: float | None
+    seed: int
+    sweep: Path
+    source: Source
+    plan: Plan
 
-    base_folder = folder / "base" / f"seed-{seed}" if source.per_seed else folder / "base"
-    run = base_folder if alpha is None else folder / f"alpha-{alpha:g}" / f"seed-{seed}"
-    if (run / EVALUATION_FILE).exists():
-        return Evaluation.load(run / EVALUATION_FILE), []
-    base = timed("prepared", source.base, base_folder, seed) if alpha is None else source.base(base_folder, seed)
-    if alpha is not None and not run.exists():
-        timed("trained", _train, run, folder / "reference", base, plan, alpha, seed)
-    temperatures = plan.evaluation.temperatures if alpha == 1 else (1.0,)
-    options = replace(plan.evaluation, temperatures=temperatures, seed=seed)
-    model = base.model if alpha is None else str(run)
-    evaluation = timed("evaluated", _evaluate, run, model, base.problems, source.checker, plan, options, name)
-    return evaluation, done
+    @property
+    def name(self) -> str:
+        name = "before training" if self.alpha is None else f"α = {self.alpha:g}"
+        return name if self.alpha is None and not self.source.per_seed else f"{name}, seed {self.seed}"
 
+    @property
+    def base_folder(self) -> Path:
+        return self.sweep / "base" / f"seed-{self.seed}" if self.source.per_seed else self.sweep / "base"
 
-def _train(run: Path, reference: Path, base: Base, plan: Plan, alpha: float, seed: int) -> None:
-    """As `hdpo-train` with these options; one that was killed goes on from its last checkpoint, if it wrote any."""
-    from hdpo_train.__main__ import make_trainer
+    @property
+    def folder(self) -> Path:
+        return self.base_folder if self.alpha is None else self.sweep / f"alpha-{self.alpha:g}" / f"seed-{self.seed}"
 
-    partial = _partial(run)
-    options = {
-        "model_name_or_path": base.model, "dataset_name": base.pairs, "alpha": alpha, "seed": seed,
-        "output_dir": partial, "ref_cache_dir": reference, "disable_tqdm": True, "overwrite_output_dir": True,
-    }  # fmt: skip
-    words = [word for option, value in options.items() for word in (f"--{option}", str(value))]
-    script, args = _parse([*plan.training, *words])
-    try:
-        trainer = make_trainer(script, args)
-        trainer.remove_callback(PrinterCallback)  # metrics.jsonl has every log line
-        trainer.train(resume_from_checkpoint=partial.exists() or None)
-        trainer.save_model()
-    except FloatingPointError as error:
-        raise FloatingPointError(f"α = {alpha:g}, seed {seed}: {error}") from error
-    os.replace(partial, run)
+    @property
+    def is_done(self) -> bool:
+        return (self.folder / EVALUATION_FILE).exists()
 
+    def run(self) -> None:
+        base = self.source.base(self.base_folder, self.seed)
+        if self.alpha is not None and not self.folder.exists():
+            self._train(base, self.alpha)
+        self._evaluate(base)
+        gc.collect()  # trainers are in cycles, which hold their models
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
-def _evaluate(
-    run: Path, name: str, problems: Sequence[Problem], checker: Checker, plan: Plan, options: EvalOptions, title: str
-) -> Evaluation:
-    script, args = _parse([*plan.training, "--output_dir", str(run)])
-    remote_code = {"trust_remote_code": script.trust_remote_code}
-    model: Any = load_model(name, {"dtype": script.dtype, **remote_code}).to(args.device)
-    tokenizer = load_tokenizer(name, **remote_code)
-    run.mkdir(parents=True, exist_ok=True)
-    evaluation = evaluate(
-        model, tokenizer, problems, checker, options, name=title, samples_file=run / SAMPLES_FILE
-    )  # fmt: skip
-    partial = _partial(run / EVALUATION_FILE)
-    evaluation.save(partial)
-    os.replace(partial, run / EVALUATION_FILE)
-    return evaluation
+    def _train(self, base: Base, alpha: float) -> None:
+        """As `hdpo-train` with these options; one that was killed goes on from its last checkpoint, if it wrote any."""
+        from hdpo_train.__main__ import make_trainer
+
+        partial = _partial(self.folder)
+        started_before = partial.exists()
+        options = {
+            "model_name_or_path": base.model, "dataset_name": base.pairs, "alpha": alpha, "seed": self.seed,
+            "output_dir": partial, "ref_cache_dir": self.sweep / "reference", "disable_tqdm": True,
+            "overwrite_output_dir": True,
+        }  # fmt: skip
+        words = [word for option, value in options.items() for word in (f"--{option}", str(value))]
+        try:
+            trainer = make_trainer(*_parse([*self.plan.training, *words]))
+            trainer.remove_callback(PrinterCallback)  # metrics.jsonl has every log line
+            trainer.train(resume_from_checkpoint=started_before)
+            trainer.save_model()
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{self.name}: {error}") from error
+        os.replace(partial, self.folder)
+
+    def _evaluate(self, base: Base) -> None:
+        plan, name = self.plan, base.model if self.alpha is None else str(self.folder)
+        script, args = _parse([*plan.training, "--output_dir", str(self.folder)])
+        remote_code = {"trust_remote_code": script.trust_remote_code}
+        model: Any = load_model(name, {"dtype": script.dtype, **remote_code})
+        model.to(args.device)
+        temperatures = plan.evaluation.temperatures if self.alpha == 1 else (1.0,)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        evaluation = evaluate(
+            model, load_tokenizer(name, **remote_code), base.problems, self.source.checker,
+            replace(plan.evaluation, temperatures=temperatures, seed=self.seed),
+            name=self.name, samples_file=self.folder / SAMPLES_FILE,
+        )  # fmt: skip
+        partial = _partial(self.folder / EVALUATION_FILE)
+        evaluation.save(partial)
+        os.replace(partial, self.folder / EVALUATION_FILE)
 
 
 def _claim(folder: Path, source: Source, plan: Plan) -> Plan:
@@ -263,6 +297,85 @@ def _claim(folder: Path, source: Source, plan: Plan) -> Plan:
     return plan
 
 
+def main(argv: list[str]) -> None:
+    options, training = _parser().parse_known_args(argv)
+    for word in training:
+        if word.split("=")[0] in SET_BY_THE_SWEEP:
+            raise ValueError(f"{word.split('=')[0]} is set by the sweep for every run: leave it out")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    folder = Path(options.output_dir)
+    own = (options.model_name_or_path, options.dataset_name, options.prompts, options.checker)
+    source: Source
+    if any(own):
+        if not all(own) or options.sft_per_seed:
+            raise ValueError(
+                "a model of your own needs --model_name_or_path, --dataset_name, --prompts and --checker, and no "
+                "--sft_per_seed; without all of these the built-in task is taken"
+            )
+        checker = make_checker(options.checker, answer_column=options.answer_column, run_code=options.run_code)
+        problems = [Problem(record["prompt"], record) for record in load_records(options.prompts)]
+        source, max_new_tokens, batch_size = OwnModel(*own, checker, problems), 256, 64
+    else:
+        settings = quickstart.Settings()
+        source = TaskModel(quickstart.task, settings, options.sft_per_seed)
+        defaults = {**quickstart.training_options(settings), "use_cpu": True, "bf16": False}
+        training = [*(word for name, value in defaults.items() for word in (f"--{name}", str(value))), *training]
+        max_new_tokens, batch_size = quickstart.task.MAX_NEW_TOKENS, quickstart.BATCH_SIZE
+    evaluation = EvalOptions(
+        options.num_samples, options.temperatures, options.max_new_tokens or max_new_tokens,
+        options.batch_size or batch_size, k=options.k, self_bleu=options.self_bleu,
+    )  # fmt: skip
+    if 1.0 not in options.alpha:
+        print("α = 1 (DPO), which the others are compared with, is added.")
+    result = sweep(folder, source, Plan(options.alpha, options.seeds, tuple(training), evaluation))
+    print(f"\n{sweep_report.markdown(result)}\n\n{folder / sweep_report.REPORT_FILE}, {sweep_report.PLOT_FILE}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    def numbers(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+        def parse(text: str) -> tuple[Any, ...]:
+            return tuple(kind(word) for word in text.split(","))
+
+        parse.__name__ = "list of numbers"  # what argparse calls it in an error
+        return parse
+
+    def show(values: Sequence[float]) -> str:
+        return ",".join(f"{value:g}" for value in values)
+
+    parser = argparse.ArgumentParser(
+        prog="hdpo-train sweep",
+        usage="hdpo-train sweep [--alpha 0.8,1,1.2] [--seeds N] [--option value …] [options of hdpo-train]",
+        description=_EXAMPLES,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=118),
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--alpha", type=numbers(float), default=ALPHAS, metavar="α,α…", help=f"1 is added [{show(ALPHAS)}]")
+    add("--seeds", type=int, default=3, metavar="N", help="runs of every α, seeds 0 … N − 1 [3]")
+    add("--output_dir", default="sweep", metavar="FOLDER", help="a sweep in it is gone on with [sweep]")
+    add("--sft_per_seed", action="store_true", help="built-in task: every seed has an SFT model and pairs of its own")
+    group = parser.add_argument_group("a model of your own")
+    add = group.add_argument
+    add("--model_name_or_path", metavar="MODEL", help="a local folder or a hub id")
+    add("--dataset_name", metavar="PAIRS", help="preference pairs: a JSONL or Parquet file, or a hub id")
+    add("--prompts", metavar="FILE", help="to evaluate on: JSONL with a column prompt, and what the checker needs")
+    add("--checker", metavar="SPEC", help="gsm8k, choice, regex:PATTERN, file.py:function, unit_tests (eval --help)")
+    add("--answer_column", default="answer", metavar="NAME", help="of the right answer in the prompts [answer]")
+    add("--run_code", action="store_true", help="let unit_tests run what the model wrote")
+    group = parser.add_argument_group("evaluation of every run: greedy, and samples at temperature 1")
+    add = group.add_argument
+    add("--num_samples", type=int, default=16, metavar="N", help="of every prompt [16]")
+    add("--k", type=numbers(int), default=(1, 4, 8), metavar="k,k…", help="of pass@k [1,4,8]")
+    baseline = "of the baseline, the α = 1 models; 1 is added"
+    add("--temperatures", type=numbers(float), default=TEMPERATURES, metavar="T,T…",
+        help=f"{baseline} [{show(TEMPERATURES)}]")  # fmt: skip
+    add("--max_new_tokens", type=int, metavar="N", help="of a sample [256; built-in task: what an answer needs]")
+    add("--batch_size", type=int, metavar="N", help="samples at a time [64; built-in task: 1024]")
+    add("--self_bleu", action="store_true", help="measure it too: slow, and needs sacrebleu")
+    return parser
+
+
 def _parse(words: Sequence[str]) -> tuple[ScriptArguments, HDPOConfig]:
     from hdpo_train.__main__ import parse_options  # which imports this module in its turn
 
@@ -274,4 +387,10 @@ def _partial(path: Path) -> Path:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )

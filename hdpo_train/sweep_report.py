@@ -4,6 +4,7 @@ Every figure is one evaluation's, and every interval is over seeds: Student's t,
 seed, between runs that start from the same model and pairs and see them in the same order.
 """
 
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -46,7 +47,7 @@ class Metric(NamedTuple):
     name: str
     unit: str  # "%" is shown times 100
     digits: int
-    of: Callable[[Evaluation, float], float | None]  # at a temperature; None: not measured
+    of: Callable[[Evaluation, float], Any]  # at a temperature: a float, or None where it was not measured
 
     def show(self, value: float, sign: str = "") -> str:
         return f"{value:{sign}.{self.digits}f}{self.unit}"
@@ -58,16 +59,24 @@ def metrics(sweep: Sweep) -> dict[str, Metric]:
     found = [
         Metric("greedy accuracy", " %", 1, lambda e, _: None if e.greedy is None else 100 * e.greedy.accuracy.value),
         _sampled("sampled accuracy", " %", 1, lambda s: 100 * s.accuracy.value),
-        *(_sampled(f"pass@{k}", " %", 1, lambda s, k=k: 100 * s.pass_at[k].value) for k in example.pass_at if k > 1),
+        *(_pass_at(k) for k in example.pass_at if k > 1),
         _sampled("distinct right", "", 2, lambda s: s.distinct_right.value),
-        *(_sampled(f"distinct-{n}", "", 3, lambda s, n=n: s.distinct_n[n].value) for n in example.distinct_n),
+        *(_distinct_n(n) for n in example.distinct_n),
         _sampled("self-BLEU", "", 3, lambda s: s.self_bleu and s.self_bleu.value),
         _sampled("entropy", "", 3, lambda s: s.entropy and s.entropy.value),
     ]
     return {metric.name: metric for metric in found if metric.of(sweep.runs[1.0][0], 1.0) is not None}
 
 
-def _sampled(name: str, unit: str, digits: int, of: Callable[[Scores], float | None]) -> Metric:
+def _pass_at(k: int) -> Metric:
+    return _sampled(f"pass@{k}", " %", 1, lambda s: 100 * s.pass_at[k].value)
+
+
+def _distinct_n(n: int) -> Metric:
+    return _sampled(f"distinct-{n}", "", 3, lambda s: s.distinct_n[n].value)
+
+
+def _sampled(name: str, unit: str, digits: int, of: Callable[[Scores], Any]) -> Metric:
     return Metric(name, unit, digits, lambda evaluation, temperature: of(evaluation.sampled[temperature]))
 
 
@@ -103,7 +112,7 @@ def match_temperature(run: Evaluation, dpo: Evaluation, compared: Sequence[Metri
     """
     target = entropy.of(run, 1.0)
     points = sorted((entropy.of(dpo, temperature), temperature) for temperature in dpo.sampled)
-    for (low, cold), (high, hot) in zip(points, points[1:], strict=False):
+    for (low, cold), (high, hot) in itertools.pairwise(points):
         if low <= target <= high and low < high:
             share = (target - low) / (high - low)
 
@@ -178,9 +187,9 @@ def _introduction(sweep: Sweep) -> str:
         "intervals are of this training, not of another model or data set."
     )
     return (
-        f"H-DPO with several α from the same model and pairs; α = 1 is DPO. {first.num_prompts} prompts, {n} samples of "
-        f"each at temperature 1. {seeds}{varied} Distinct right: different right answers among {n} samples. Entropy: "
-        "nats per token, of the distribution sampled from."
+        f"H-DPO with several α from the same model and pairs; α = 1 is DPO. {first.num_prompts} prompts, {n} "
+        f"samples of each at temperature 1. {seeds}{varied} Distinct right: different right answers among {n} samples. "
+        "Entropy: nats per token, of the distribution sampled from."
     )
 
 
@@ -270,10 +279,7 @@ def conclusions(sweep: Sweep) -> list[str]:
         groups: dict[str, list[str]] = {}
         for alpha, difference in sorted(differences.items()):
             groups.setdefault(verdict(difference, "higher", "lower"), []).append(f"{alpha:g}")
-        verdicts = [
-            f"{what} {'with' if what != 'not distinguishable' else 'with'} α = {', '.join(alphas)}"
-            for what, alphas in groups.items()
-        ]
+        verdicts = [f"{what} with α = {', '.join(alphas)}" for what, alphas in groups.items()]
         sentences.append(f"{name.capitalize()}, compared with α = 1: {'; '.join(verdicts)}.")
     if "entropy" in found:
         sentences += temperature_sentences(sweep)
@@ -284,8 +290,8 @@ def trend_sentence(sweep: Sweep) -> str:
     trend = entropy_trend(sweep)
     says = "rises with α" if trend.p_value <= 0.05 else "is not shown to rise with α"
     return (
-        f"Entropy after training {says}: Page's trend test, L = {trend.statistic:g}, p = {trend.p_value:.2g} (one-sided, "
-        f"exact over all orders of {len(sweep.runs)} α in {sweep.seeds} seeds)."
+        f"Entropy after training {says}: Page's trend test, L = {trend.statistic:g}, p = {trend.p_value:.2g} "
+        f"(one-sided, exact over all orders of {len(sweep.runs)} α in {sweep.seeds} seeds)."
     )
 
 
@@ -295,8 +301,8 @@ def temperature_sentences(sweep: Sweep) -> list[str]:
         found = [match for match in matches if match]
         if len(found) < sweep.seeds:
             sentences.append(
-                f"α = {alpha:g} is not compared with temperature: for {sweep.seeds - len(found)} of {sweep.seeds} seeds "
-                "its entropy lies outside of what the temperatures reach."
+                f"α = {alpha:g} is not compared with temperature: for {sweep.seeds - len(found)} of {sweep.seeds} "
+                "seeds its entropy lies outside of what the temperatures reach."
             )
             continue
         words = []
@@ -311,7 +317,8 @@ def draw(sweep: Sweep, path: Path) -> None:
     """Above: metrics against α. Below: α at temperature 1 beside α = 1 under temperatures."""
     found = metrics(sweep)
     figure = Figure(figsize=(17, 8.5), layout="constrained")
-    above, below = figure.subfigures(2, 1)
+    halves: Any = figure.subfigures(2, 1)
+    above, below = halves
     above.suptitle(f"What α does ({sweep.title})" + (f"; {sweep.seeds} seeds, 95 % intervals" * (sweep.seeds > 1)))
     below.suptitle("Can temperature alone do it? Points: α at temperature 1. Curve: α = 1 at temperatures")
     passes = [name for name in found if name.startswith("pass@")]
@@ -319,8 +326,6 @@ def draw(sweep: Sweep, path: Path) -> None:
     panels = [[name for name in names if name in found] for names in panels]
     for axis, names in zip(above.subplots(1, 4), panels, strict=True):
         _against_alpha(axis, sweep, [found[name] for name in names])
-    if "entropy" not in found:
-        path.parent.mkdir(parents=True, exist_ok=True)
     diversities = [found[name] for name in ("entropy", "distinct right") if name in found]
     qualities = frontier_metrics(sweep)[:2]
     pairs = [(x, y) for x in diversities for y in qualities]
