@@ -6,7 +6,7 @@ from hdpo_train.quickstart import task
 
 
 def judge(prompts: list[str], answers: list[list[str]], per_prompt: int, seed: int) -> list[dict[str, str]]:
-    """answers: of each prompt. At most per_prompt records a prompt, no answer used twice; a prompt with right answers only gives none."""
+    """At most per_prompt records a prompt, no answer used twice; a prompt with right answers only gives none."""
     rng = random.Random(seed)
     records = []
     for prompt, drawn in zip(prompts, answers, strict=True):
