@@ -34,6 +34,7 @@ Trains a causal language model on preference pairs with H-DPO: DPO with control 
                                                       model only its config is read, and no data
   hdpo-train eval …                                   accuracy, pass@k, diversity and entropy of models on a file of
                                                       prompts (hdpo-train eval --help)
+
 Records: {"prompt", "chosen", "rejected"} as strings or chat messages; the prompt may be left out where both completions
 begin with it. A run leaves the model, metrics.jsonl and report.png in output_dir.
 """

@@ -170,7 +170,13 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", help=text, **kwargs)
 
     add("model_name_or_path", "local folders or hub ids", nargs="+", default=[], metavar="MODEL")
-    add("samples", "ready-made samples, JSONL; of other engines the entropy is unknown", nargs="+", default=[], metavar="FILE")
+    add(
+        "samples",
+        "ready-made samples, JSONL; entropy only of our own",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+    )
     add("names", "what to call them, models first", nargs="+", default=[], metavar="NAME")
     add("prompts", "JSONL (also .gz) or Parquet; strings or chat messages", required=True, metavar="FILE")
     add("prompt_column", "of prompts", default="prompt", metavar="COLUMN")
