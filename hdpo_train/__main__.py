@@ -4,6 +4,7 @@ import argparse
 import copy
 import dataclasses
 import gc
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,10 +33,17 @@ Trains a causal language model on preference pairs with H-DPO: DPO with control 
   hdpo-train sweep --alpha 0.8,0.9,1.1 --seeds 3      several α and seeds, each evaluated, and one report (sweep --help)
   hdpo-train plan …                                   the same options: what memory and time a step will need; of the
                                                       model only its config is read, and no data
+  hdpo-train eval …                                   accuracy, pass@k, diversity and entropy of models on a file of
+                                                      prompts (hdpo-train eval --help)
 
 Records: {"prompt", "chosen", "rejected"} as strings or chat messages; the prompt may be left out where both completions
 begin with it. A run leaves the model, metrics.jsonl and report.png in output_dir.
 """
+_COMMANDS = {  # each module has main(argv)
+    "quickstart": "hdpo_train.quickstart",
+    "eval": "hdpo_train.eval_cli",
+    "sweep": "hdpo_train.sweep",
+}
 _COMMON = (
     "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "bf16", "fp16",
@@ -46,19 +54,10 @@ _COMMON = (
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] == "quickstart":
-        from hdpo_train import quickstart
-
+    if not argv or argv[0] in _COMMANDS:
+        command_of_its_own = importlib.import_module(_COMMANDS[argv[0] if argv else "quickstart"])
         try:
-            quickstart.main(argv[1:])
-        except (FileExistsError, ValueError) as error:
-            _fail(str(error))
-        return
-    if argv[0] == "sweep":
-        from hdpo_train import sweep
-
-        try:
-            sweep.main(argv[1:])
+            command_of_its_own.main(argv[1:])
         except (ValueError, OSError, FloatingPointError) as error:
             _fail(str(error))
         return

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hdpo_train.checkers import Checker, Problem
 from hdpo_train.generate import Sampler, SamplingOptions
 from hdpo_train.samples import Sample
-from hdpo_train.scores import Evaluation, Scores, score
+from hdpo_train.scores import Evaluation, Scores, score, sentence_bleu
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class EvalOptions(SamplingOptions):
         object.__setattr__(self, "k", tuple(self.k))
         if bad := [k for k in self.k if not 1 <= k <= self.num_samples]:
             raise ValueError(f"pass@{bad[0]} needs 1 <= k <= num_samples, and num_samples = {self.num_samples}")
+        if self.self_bleu:
+            sentence_bleu()  # is it there? Known before anything is drawn
 
     @property
     def sampling(self) -> SamplingOptions:
@@ -71,8 +73,10 @@ def grade(
     with tqdm(total=len(samples), desc=f"Judging, {name}", unit="sample", leave=False) as progress:
         for temperature, groups in by_temperature.items():
             right = []
-            for problem, group in zip(problems, groups, strict=True):
-                right.append(_judge(problem, checker, [sample.completion for sample in group]))
+            for number, (problem, group) in enumerate(zip(problems, groups, strict=True), 1):
+                different = dict.fromkeys(sample.completion for sample in group)  # each is judged once
+                verdicts = {completion: judge(checker, problem, completion, number) for completion in different}
+                right.append([verdicts[sample.completion] for sample in group])
                 progress.update(len(group))
             known = all(sample.entropy is not None and sample.num_tokens for group in groups for sample in group)
             scores[temperature] = score(
@@ -88,7 +92,9 @@ def grade(
     return Evaluation(name, len(problems), scores.pop(0.0, None), scores)
 
 
-def _judge(problem: Problem, checker: Checker, completions: Sequence[str]) -> list[bool]:
-    """Each different completion is judged once: a checker may run code."""
-    verdicts = {completion: bool(checker(problem, completion)) for completion in dict.fromkeys(completions)}
-    return [verdicts[completion] for completion in completions]
+def judge(checker: Checker, problem: Problem, completion: str, number: int) -> bool:
+    """The checker's verdict; what it raises names the prompt by its number."""
+    try:
+        return bool(checker(problem, completion))
+    except ValueError as error:
+        raise ValueError(f"prompt {number}: {error}") from error

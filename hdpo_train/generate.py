@@ -1,6 +1,6 @@
 """Samples from a model's own distribution at given temperatures: batched, seeded, resumable, with their exact entropy.
 
-    problems ── encode ──> prompt ids ── batches of (prompt, temperature, index) ── generate ──> samples
+    problems ── encode ──> prompt ids ── batches of (prompt, temperature, number) ── generate ──> samples
 
 Batches are fixed beforehand, and each has a seed of its own: a call that goes on where another was killed draws what
 that one would have drawn, bit for bit on the same machine with the same versions.
@@ -250,7 +250,7 @@ def _batches(num_prompts: int, options: SamplingOptions) -> list[list[Request]]:
     batches = []
     for temperature in options.temperatures:
         each = options.num_samples if temperature else 1
-        requests = [Request(prompt, temperature, index) for prompt in range(num_prompts) for index in range(each)]
+        requests = [Request(prompt, temperature, number) for prompt in range(num_prompts) for number in range(each)]
         batches += [requests[i : i + options.batch_size] for i in range(0, len(requests), options.batch_size)]
     return batches
 

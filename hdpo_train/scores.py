@@ -148,13 +148,7 @@ def self_bleus(completions: Sequence[Sequence[str]]) -> NDArray[np.float64]:
     sacrebleu's sentence BLEU (up to 4-grams, of what lengths the text has; exponential smoothing), on at most
     SELF_BLEU_SAMPLES samples a prompt.
     """
-    try:
-        from sacrebleu.metrics.bleu import BLEU
-    except ImportError:
-        raise ValueError(
-            "self-BLEU needs sacrebleu: pip install 'hdpo[train,eval]', or leave it out (--no_self_bleu)"
-        ) from None
-    bleu = BLEU(effective_order=True)
+    bleu = sentence_bleu()
 
     def one(texts: Sequence[str]) -> float:
         counts = Counter(texts[:SELF_BLEU_SAMPLES])
@@ -166,6 +160,17 @@ def self_bleus(completions: Sequence[Sequence[str]]) -> NDArray[np.float64]:
         return total / counts.total()
 
     return np.array([one(texts) for texts in completions])
+
+
+def sentence_bleu() -> Any:
+    """sacrebleu's metric; ValueError says how to install it."""
+    try:
+        from sacrebleu.metrics.bleu import BLEU
+    except ImportError:
+        raise ValueError(
+            "self-BLEU needs sacrebleu: pip install 'hdpo[train,eval]', or leave it out (--no_self_bleu)"
+        ) from None
+    return BLEU(effective_order=True)
 
 
 def as_json(evaluation: Evaluation) -> dict[str, Any]:

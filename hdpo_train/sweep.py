@@ -14,6 +14,7 @@ there is not done again.
 import argparse
 import gc
 import json
+import math
 import os
 import shutil
 import statistics
@@ -30,8 +31,8 @@ from transformers.utils import logging
 from hdpo_train import quickstart, sweep_report
 from hdpo_train.checkers import Checker, Problem, make_checker
 from hdpo_train.config import HDPOConfig, ScriptArguments
-from hdpo_train.data import load_records
-from hdpo_train.evaluate import EvalOptions, evaluate
+from hdpo_train.eval_cli import DEFAULT_K, load_problems
+from hdpo_train.evaluate import EvalOptions, evaluate, judge
 from hdpo_train.scores import Evaluation
 from hdpo_train.sweep_report import Sweep
 from hdpo_train.trainer import load_model, load_tokenizer
@@ -314,7 +315,9 @@ def main(argv: list[str]) -> None:
                 "--sft_per_seed; without all of these the built-in task is taken"
             )
         checker = make_checker(options.checker, answer_column=options.answer_column, run_code=options.run_code)
-        problems = [Problem(record["prompt"], record) for record in load_records(options.prompts)]
+        problems = load_problems(options.prompts, prompt_column=options.prompt_column)
+        for number, problem in enumerate(problems if options.checker != "unit_tests" else problems[:1], 1):
+            judge(checker, problem, "", number)  # are the records what the checker needs?
         source, max_new_tokens, batch_size = OwnModel(*own, checker, problems), 256, 64
     else:
         settings = quickstart.Settings()
@@ -324,8 +327,13 @@ def main(argv: list[str]) -> None:
         max_new_tokens, batch_size = quickstart.task.MAX_NEW_TOKENS, quickstart.BATCH_SIZE
     evaluation = EvalOptions(
         options.num_samples, options.temperatures, options.max_new_tokens or max_new_tokens,
-        options.batch_size or batch_size, k=options.k, self_bleu=options.self_bleu,
+        options.batch_size or batch_size, k=options.k or tuple(k for k in DEFAULT_K if k <= options.num_samples),
+        self_bleu=options.self_bleu,
     )  # fmt: skip
+    if bad := [alpha for alpha in options.alpha if not 0 < alpha < math.inf]:
+        raise ValueError(f"--alpha must be positive numbers, got {bad[0]:g}")
+    if options.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {options.seeds}")
     if 1.0 not in options.alpha:
         print("α = 1 (DPO), which the others are compared with, is added.")
     result = sweep(folder, source, Plan(options.alpha, options.seeds, tuple(training), evaluation))
@@ -333,15 +341,8 @@ def main(argv: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    def numbers(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-        def parse(text: str) -> tuple[Any, ...]:
-            return tuple(kind(word) for word in text.split(","))
-
-        parse.__name__ = "list of numbers"  # what argparse calls it in an error
-        return parse
-
-    def show(values: Sequence[float]) -> str:
-        return ",".join(f"{value:g}" for value in values)
+    def alphas(text: str) -> tuple[float, ...]:
+        return tuple(float(word) for word in text.split(","))
 
     parser = argparse.ArgumentParser(
         prog="hdpo-train sweep",
@@ -351,7 +352,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--alpha", type=numbers(float), default=ALPHAS, metavar="α,α…", help=f"1 is added [{show(ALPHAS)}]")
+    add("--alpha", type=alphas, default=ALPHAS, metavar="α,α…", help=f"1 is added [{','.join(map(str, ALPHAS))}]")
     add("--seeds", type=int, default=3, metavar="N", help="runs of every α, seeds 0 … N − 1 [3]")
     add("--output_dir", default="sweep", metavar="FOLDER", help="a sweep in it is gone on with [sweep]")
     add("--sft_per_seed", action="store_true", help="built-in task: every seed has an SFT model and pairs of its own")
@@ -361,15 +362,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--dataset_name", metavar="PAIRS", help="preference pairs: a JSONL or Parquet file, or a hub id")
     add("--prompts", metavar="FILE", help="to evaluate on: JSONL with a column prompt, and what the checker needs")
     add("--checker", metavar="SPEC", help="gsm8k, choice, regex:PATTERN, file.py:function, unit_tests (eval --help)")
-    add("--answer_column", default="answer", metavar="NAME", help="of the right answer in the prompts [answer]")
+    add("--prompt_column", default="prompt", metavar="COLUMN", help="of prompts [prompt]")
+    add("--answer_column", default="answer", metavar="COLUMN", help="of right answers [answer]")
     add("--run_code", action="store_true", help="let unit_tests run what the model wrote")
     group = parser.add_argument_group("evaluation of every run: greedy, and samples at temperature 1")
     add = group.add_argument
     add("--num_samples", type=int, default=16, metavar="N", help="of every prompt [16]")
-    add("--k", type=numbers(int), default=(1, 4, 8), metavar="k,k…", help="of pass@k [1,4,8]")
-    baseline = "of the baseline, the α = 1 models; 1 is added"
-    add("--temperatures", type=numbers(float), default=TEMPERATURES, metavar="T,T…",
-        help=f"{baseline} [{show(TEMPERATURES)}]")  # fmt: skip
+    add("--k", type=int, nargs="+", metavar="K", help="of pass@k [those of 1 4 8 that num_samples allows]")
+    add("--temperatures", type=float, nargs="+", default=TEMPERATURES, metavar="T",
+        help=f"of the baseline, the α = 1 models; 1 is added [{' '.join(map(str, TEMPERATURES))}]")  # fmt: skip
     add("--max_new_tokens", type=int, metavar="N", help="of a sample [256; built-in task: what an answer needs]")
     add("--batch_size", type=int, metavar="N", help="samples at a time [64; built-in task: 1024]")
     add("--self_bleu", action="store_true", help="measure it too: slow, and needs sacrebleu")
