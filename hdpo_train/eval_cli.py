@@ -74,16 +74,9 @@ def run(options: argparse.Namespace) -> list[Evaluation]:
     ready_made = [read_samples(path, problems) for path in files]
     samplers = []
     for model, name in zip(models, names, strict=False):
-        samplers.append(
-            Sampler(
-                problems,
-                load_tokenizer(model, trust_remote_code=options.trust_remote_code),
-                settings.sampling,
-                name=name,
-                samples_file=folder / f"samples-{name}.jsonl",
-                fingerprint=f"{files_fingerprint(model)} {options.dtype}",
-            )
-        )
+        tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
+        samplers.append(Sampler(problems, tokenizer, settings.sampling, name=name))
+        samplers[-1].keep_in(folder / f"samples-{name}.jsonl", f"{files_fingerprint(model)} {options.dtype}")
     evaluations = []
     for model, sampler in zip(models, samplers, strict=True):
         evaluations.append(grade(sampler.name, problems, checker, _samples(model, sampler, options), settings))
@@ -119,7 +112,7 @@ def load_problems(name: str, *, prompt_column: str = "prompt", limit: int | None
 def _samples(model_name_or_path: str, sampler: Sampler, options: argparse.Namespace) -> list[Sample]:
     """Drawn, or read where none is missing; the model is gone afterwards, so that there is never more than one."""
     if not sampler.missing:
-        return sampler.finished()
+        return sampler.samples
     kwargs = {"dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
     model = load_model(model_name_or_path, kwargs)
     samples = sampler.run(model.to("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]

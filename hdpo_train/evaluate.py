@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hdpo_train.checkers import Checker, Problem
-from hdpo_train.generate import Sampler, SamplingOptions
+from hdpo_train.generate import Sampler, SamplingOptions, weights_fingerprint
 from hdpo_train.samples import Sample
 from hdpo_train.scores import Evaluation, Scores, score, sentence_bleu
 
@@ -51,7 +51,9 @@ def evaluate(
 
     Raises ValueError if there is no prompt, or the file holds samples of another model, other prompts or settings.
     """
-    sampler = Sampler(problems, tokenizer, options.sampling, name=name, samples_file=samples_file)
+    sampler = Sampler(problems, tokenizer, options.sampling, name=name)
+    if samples_file is not None:
+        sampler.keep_in(samples_file, weights_fingerprint(model))
     return grade(name, problems, checker, sampler.run(model), options)
 
 

@@ -7,7 +7,6 @@ that one would have drawn, bit for bit on the same machine with the same version
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -56,14 +55,10 @@ class SamplingOptions:
 
 
 class Sampler:
-    """Draws the samples of one model that are not in its file yet.
+    """Draws samples of every problem's prompt from one model, at every temperature.
 
-    problems: at least one. name: of the model, for the progress bar and the file. samples_file: where samples are
-    appended; without it they are not kept. fingerprint: what identifies the model in that file; without it, `run` takes
-    a SHA-256 over the model's weights, and `missing` is not known before.
-
-    Raises ValueError for a prompt without a token, messages that the tokenizer's chat template refuses, or a file of
-    other settings.
+    problems: at least one. name: what to call the model in messages and in the file of samples.
+    Raises ValueError for a prompt without a token, or messages that the tokenizer's chat template refuses.
     """
 
     def __init__(
@@ -73,55 +68,57 @@ class Sampler:
         options: SamplingOptions,
         *,
         name: str = "the model",
-        samples_file: Path | None = None,
-        fingerprint: str | None = None,
     ) -> None:
         if not problems:
             raise ValueError("there is no prompt to sample from")
         self.tokenizer, self.options, self.name = tokenizer, options, name
-        self.prompt_ids = encode(problems, tokenizer)
-        self.batches = _batches(len(problems), options)
-        self._path, self._file = samples_file, None
-        self._header = {
-            "name": name,
+        self.samples: list[Sample] = []  # drawn so far: by temperature, prompt, number
+        self._prompts = digest([problem.prompt for problem in problems])
+        self._prompt_ids = encode(problems, tokenizer)
+        self._batches = _batches(len(problems), options)
+        self._num_drawn = 0
+        self._file: SamplesFile | None = None
+
+    def keep_in(self, path: Path, fingerprint: str) -> None:
+        """Go on from the samples in this file, and append those that `run` draws.
+
+        fingerprint: of the model. Raises ValueError if the file is of another model, other prompts or other options.
+        """
+        header = {
+            "name": self.name,
             "model": fingerprint,
-            "prompts": digest([problem.prompt for problem in problems]),
-            "prompt_ids": digest(self.prompt_ids),  # tokenizer and chat template
-            **json.loads(json.dumps(asdict(options))),
+            "prompts": self._prompts,
+            "prompt_ids": digest(self._prompt_ids),  # changes with the tokenizer and the chat template
+            **asdict(self.options),
         }
-        if samples_file is not None and fingerprint is not None:
-            self._file = SamplesFile(samples_file, self._header, self.batches)
+        self._file = SamplesFile(path, header, self._batches)
+        self.samples, self._num_drawn = list(self._file.samples), self._file.num_batches
 
     @property
     def missing(self) -> int:
         """Number of batches that are to be drawn."""
-        return len(self.batches) - (self._file.num_batches if self._file else 0)
+        return len(self._batches) - self._num_drawn
 
     def run(self, model: PreTrainedModel) -> list[Sample]:
-        """All samples: prompt by prompt, temperature after temperature."""
-        if self._path is not None and self._file is None:
-            self._header["model"] = weights_fingerprint(model)
-            self._file = SamplesFile(self._path, self._header, self.batches)
-        drawn = self._file.samples if self._file else []
-        if not self.missing:
-            return drawn
-        _check_lengths(model, self.prompt_ids, self.options.max_new_tokens)
-        transform, done = _transform_or_warn(model), len(self.batches) - self.missing
-        progress = tqdm(total=len(self.batches), initial=done, desc=f"Sampling, {self.name}", unit="batch", leave=False)
-        with progress, _in_eval_mode(model), _own_distribution(model, self.tokenizer, self.options) as ends:
-            for number, batch in enumerate(self.batches[done:], done):
-                samples = self._draw(model, batch, number, ends, transform)
-                if self._file:
-                    self._file.append(samples)
-                else:
-                    drawn += samples
-                progress.update()
-        return self._file.samples if self._file else drawn
+        """Draw what is missing; returns all samples.
 
-    def finished(self) -> list[Sample]:
-        """The samples of a file where nothing is missing."""
-        assert self._file is not None and not self.missing
-        return self._file.samples
+        Raises ValueError if a prompt and max_new_tokens do not fit the model, FloatingPointError where logits are not
+        finite. A head that is not softcap(scale · (h Wᵀ + b)) gives no entropy, and a warning.
+        """
+        _check_lengths(model, self._prompt_ids, self.options.max_new_tokens)
+        transform = _transform_or_warn(model)
+        progress = tqdm(
+            total=len(self._batches), initial=self._num_drawn, desc=f"Sampling, {self.name}", unit="batch", leave=False
+        )
+        with progress, _in_eval_mode(model), _own_distribution(model, self.tokenizer, self.options) as ends:
+            for number in range(self._num_drawn, len(self._batches)):
+                samples = self._draw(model, self._batches[number], number, ends, transform)
+                if self._file is not None:
+                    self._file.append(samples)
+                self.samples += samples
+                self._num_drawn += 1
+                progress.update()
+        return self.samples
 
     @torch.no_grad()
     def _draw(
@@ -131,7 +128,7 @@ class Sampler:
         choice: dict[str, Any] = {"do_sample": temperature > 0}
         if temperature > 0:
             choice |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-        prompts = [self.prompt_ids[request.prompt] for request in batch]
+        prompts = [self._prompt_ids[request.prompt] for request in batch]
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
@@ -154,7 +151,7 @@ class Sampler:
 def answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], options: SamplingOptions
 ) -> list[list[str]]:
-    """Of every prompt its samples' texts, at one temperature."""
+    """Of every prompt its samples' texts."""
     samples = Sampler([Problem(prompt, {}) for prompt in prompts], tokenizer, options).run(model)
     texts: list[list[str]] = [[] for _ in prompts]
     for sample in samples:

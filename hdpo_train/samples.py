@@ -37,6 +37,7 @@ class Sample(NamedTuple):
 class SamplesFile:
     """The samples of fixed batches. What a killed run wrote of a batch, or of a line, is dropped and drawn again.
 
+    samples, num_batches: what was there at the start.
     Raises ValueError if the file is of other settings (names the first that differs), or no such file.
     """
 
@@ -85,8 +86,6 @@ class SamplesFile:
             file.truncate(self._size)
             file.seek(self._size)
             self._size += file.write(text if self._size else self._header + text)
-        self.samples += samples
-        self.num_batches += 1
 
 
 def read_samples(path: Path, problems: Sequence[Problem]) -> list[Sample]:

@@ -11,7 +11,15 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from hdpo_train.checkers import Problem
-from hdpo_train.generate import Sampler, SamplingOptions, answers, encode, entropies, files_fingerprint
+from hdpo_train.generate import (
+    Sampler,
+    SamplingOptions,
+    answers,
+    encode,
+    entropies,
+    files_fingerprint,
+    weights_fingerprint,
+)
 from hdpo_train.head import find_transform
 from tests.train.tiny import FAMILIES, VOCAB, make_chain, make_model
 
@@ -123,41 +131,56 @@ def test_answers_groups_by_prompt(tokenizer):
     assert [len(texts) for texts in found] == [3, 3] and len(set(found[0])) > 1
 
 
+def kept(tokenizer, path, problems=PROBLEMS, options=OPTIONS, fingerprint="x"):
+    sampler = Sampler(problems, tokenizer, options)
+    sampler.keep_in(path, fingerprint)
+    return sampler
+
+
 def test_sampler_killed_anywhere_ends_with_the_same_samples(tokenizer, tmp_path):
     model, path = make_model(spread=5.0), tmp_path / "samples.jsonl"
-    samples = Sampler(PROBLEMS, tokenizer, OPTIONS, samples_file=path).run(model)
+    samples = kept(tokenizer, path).run(model)
     assert samples == Sampler(PROBLEMS, tokenizer, OPTIONS).run(model)  # kept or not
     whole = path.read_bytes()
     for size in (0, 30, len(whole) // 3, len(whole) // 2, whole.rindex(b"\n", 0, -1) + 1, len(whole) - 1):
         path.write_bytes(whole[:size])
-        assert Sampler(PROBLEMS, tokenizer, OPTIONS, samples_file=path).run(model) == samples
+        assert kept(tokenizer, path).run(model) == samples
         assert path.read_bytes() == whole
 
 
 def test_sampler_refuses_a_file_of_other_settings(tokenizer, tmp_path):
-    model, path = make_model(spread=5.0), tmp_path / "samples.jsonl"
-    options = replace(OPTIONS, temperatures=(0,), max_new_tokens=2)
-    Sampler(PROBLEMS, tokenizer, options, samples_file=path).run(model)
+    path, options = tmp_path / "samples.jsonl", replace(OPTIONS, temperatures=(0,), max_new_tokens=2)
+    kept(tokenizer, path, options=options).run(make_model())
     others = {
-        "seed": replace(options, seed=9), "max_new_tokens": replace(options, max_new_tokens=3),
-        "temperatures": replace(options, temperatures=(0, 1)), "batch_size": replace(options, batch_size=3),
-        "num_samples": replace(options, num_samples=9),
-    }  # fmt: skip
+        "seed": {"options": replace(options, seed=9)},
+        "max_new_tokens": {"options": replace(options, max_new_tokens=3)},
+        "temperatures": {"options": replace(options, temperatures=(0, 1))},
+        "batch_size": {"options": replace(options, batch_size=3)},
+        "num_samples": {"options": replace(options, num_samples=9)},
+        "prompts": {"problems": PROBLEMS[:2]},
+        "model": {"fingerprint": "y"},
+    }
     for name, other in others.items():
         with pytest.raises(ValueError, match=f"samples with {name} = .*, this call has {name} = "):
-            Sampler(PROBLEMS, tokenizer, other, samples_file=path).run(model)
-    with pytest.raises(ValueError, match="prompts = "):
-        Sampler(PROBLEMS[:2], tokenizer, options, samples_file=path).run(model)
-    with pytest.raises(ValueError, match="model = "):
-        Sampler(PROBLEMS, tokenizer, options, samples_file=path).run(make_model(seed=1))
+            kept(tokenizer, path, **{"options": options, **other})
 
 
-def test_sampler_with_a_fingerprint_knows_what_is_missing(tokenizer, tmp_path):
+def test_sampler_knows_what_is_missing(tokenizer, tmp_path):
     model, path = make_model(spread=5.0), tmp_path / "samples.jsonl"
-    make = lambda: Sampler(PROBLEMS, tokenizer, OPTIONS, samples_file=path, fingerprint="x")  # noqa: E731
-    assert make().missing == 1 + 3 + 3
-    samples = make().run(model)
-    assert make().missing == 0 and make().finished() == samples
+    sampler = kept(tokenizer, path)
+    assert sampler.missing == 1 + 3 + 3 and sampler.samples == []
+    samples = sampler.run(model)
+    again = kept(tokenizer, path)
+    assert sampler.missing == again.missing == 0 and again.samples == samples
+
+
+def test_weights_fingerprint_is_of_weights_and_ends():
+    first = weights_fingerprint(make_model())
+    assert first == weights_fingerprint(make_model()) != weights_fingerprint(make_model(seed=1))
+    assert weights_fingerprint(make_model().to(torch.bfloat16)) != first
+    model = make_model()
+    model.generation_config.eos_token_id = [0, 5]
+    assert weights_fingerprint(model) != first
 
 
 def test_files_fingerprint_is_of_weights_and_config(tmp_path):

@@ -22,7 +22,7 @@ def fill(path):
     file = SamplesFile(path, HEADER, BATCHES)
     for batch in BATCHES[file.num_batches :]:
         file.append(draw(batch))
-    return file.samples
+    return SamplesFile(path, HEADER, BATCHES).samples
 
 
 def test_samples_file_killed_at_any_byte_ends_with_the_same_bytes(tmp_path):
@@ -90,7 +90,7 @@ def test_read_samples_takes_a_file_of_our_own_with_its_entropies(tmp_path):
     file = SamplesFile(tmp_path / "samples.jsonl", header, BATCHES)
     for batch in BATCHES:
         file.append(draw(batch))
-    assert read_samples(file.path, PROBLEMS) == file.samples
+    assert read_samples(file.path, PROBLEMS) == [sample for batch in BATCHES for sample in draw(batch)]
     with pytest.raises(ValueError, match="line 1: these are samples of other prompts"):
         read_samples(file.path, PROBLEMS[:2])
 
