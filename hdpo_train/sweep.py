@@ -19,7 +19,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -37,7 +37,7 @@ from hdpo_train.scores import Evaluation
 from hdpo_train.sweep_report import Sweep
 from hdpo_train.trainer import load_model, load_tokenizer
 
-SWEEP_FILE, PAIRS_FILE = "sweep.json", "pairs.jsonl"
+SWEEP_FILE, PAIRS_FILE, PROMPTS_FILE = "sweep.json", "pairs.jsonl", "prompts.jsonl"
 EVALUATION_FILE, SAMPLES_FILE = "evaluation.json", "samples.jsonl"
 ALPHAS = (0.8, 0.9, 1.0, 1.1, 1.2)
 SET_BY_THE_SWEEP = {
@@ -131,28 +131,39 @@ class TaskModel:
         return {"sft_per_seed": self.per_seed, **{f"task.{k}": v for k, v in asdict(self.task_settings).items()}}
 
     def base(self, folder: Path, seed: int) -> Base:
-        settings = replace(self.task_settings, seed=seed) if self.per_seed else self.task_settings
-        prompts, held_out = self.task.split_prompts(settings.held_out, settings.seed)
         if not folder.exists():
+            settings = replace(self.task_settings, seed=seed) if self.per_seed else self.task_settings
+            prompts, held_out = self.task.split_prompts(settings.held_out, settings.seed)
             partial = _partial(folder)
             shutil.rmtree(partial, ignore_errors=True)
             model, tokenizer = quickstart.sft(prompts, settings, self.task, self.device)
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             pairs = quickstart.make_pairs(model, tokenizer, prompts, settings, self.task)
-            (partial / PAIRS_FILE).write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+            for name, records in ((PAIRS_FILE, pairs), (PROMPTS_FILE, [{"prompt": prompt} for prompt in held_out])):
+                lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+                (partial / name).write_text("".join(lines), encoding="utf-8")
             os.replace(partial, folder)
-        return Base(str(folder), str(folder / PAIRS_FILE), [Problem(prompt, {}) for prompt in held_out])
+        return Base(str(folder), str(folder / PAIRS_FILE), load_problems(str(folder / PROMPTS_FILE)))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to train and to measure. training: options of `hdpo-train`, as words of its command line."""
+    """What to train and to measure. training: options of `hdpo-train`, as words of its command line.
+
+    Raises ValueError for an α that is not positive, and for no seed.
+    """
 
     alphas: tuple[float, ...] = ALPHAS
     seeds: int = 3
     training: tuple[str, ...] = ()
     evaluation: EvalOptions = field(default_factory=EvalOptions)  # its temperatures: the baseline's; 1 is one of them
+
+    def __post_init__(self) -> None:
+        if bad := [alpha for alpha in self.alphas if not 0 < alpha < math.inf]:
+            raise ValueError(f"alpha must be a positive number, got {bad[0]:g}")
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
 
     def settings(self) -> dict[str, Any]:
         """What must be the same in all runs: training options that are not the default, and all of the evaluation."""
@@ -244,9 +255,8 @@ class _Job:
             "output_dir": partial, "ref_cache_dir": self.sweep / "reference", "disable_tqdm": True,
             "overwrite_output_dir": True,
         }  # fmt: skip
-        words = [word for option, value in options.items() for word in (f"--{option}", str(value))]
         try:
-            trainer = make_trainer(*_parse([*self.plan.training, *words]))
+            trainer = make_trainer(*_parse([*self.plan.training, *words(options)]))
             trainer.remove_callback(PrinterCallback)  # metrics.jsonl has every log line
             trainer.train(resume_from_checkpoint=started_before)
             trainer.save_model()
@@ -280,13 +290,16 @@ def _claim(folder: Path, source: Source, plan: Plan) -> Plan:
     path = folder / SWEEP_FILE
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
+        different = []
         for name in sorted(settings | found["settings"]):
             before, now = (each.get(name, "the default") for each in (found["settings"], settings))
             if before != now:
-                raise ValueError(
-                    f"{folder} holds a sweep with {name} = {before}, this call has {name} = {now}: give {name} as it "
-                    "was, or choose another --output_dir"
-                )
+                different.append(f"{name} = {before}, this call has {name} = {now}")
+        if different:
+            raise ValueError(
+                f"{folder} holds a sweep with {'; '.join(different)}: give that as it was, or choose another "
+                "--output_dir"
+            )
         plan = replace(plan, alphas=(*plan.alphas, *found["alphas"]), seeds=max(plan.seeds, found["seeds"]))
     elif folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} holds something that is not a sweep: choose another --output_dir")
@@ -322,18 +335,13 @@ def main(argv: list[str]) -> None:
     else:
         settings = quickstart.Settings()
         source = TaskModel(quickstart.task, settings, options.sft_per_seed)
-        defaults = {**quickstart.training_options(settings), "use_cpu": True, "bf16": False}
-        training = [*(word for name, value in defaults.items() for word in (f"--{name}", str(value))), *training]
+        training = [*words({**quickstart.training_options(settings), "use_cpu": True, "bf16": False}), *training]
         max_new_tokens, batch_size = quickstart.task.MAX_NEW_TOKENS, quickstart.BATCH_SIZE
     evaluation = EvalOptions(
         options.num_samples, options.temperatures, options.max_new_tokens or max_new_tokens,
         options.batch_size or batch_size, k=options.k or tuple(k for k in DEFAULT_K if k <= options.num_samples),
         self_bleu=options.self_bleu,
     )  # fmt: skip
-    if bad := [alpha for alpha in options.alpha if not 0 < alpha < math.inf]:
-        raise ValueError(f"--alpha must be positive numbers, got {bad[0]:g}")
-    if options.seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, got {options.seeds}")
     if 1.0 not in options.alpha:
         print("α = 1 (DPO), which the others are compared with, is added.")
     result = sweep(folder, source, Plan(options.alpha, options.seeds, tuple(training), evaluation))
@@ -377,10 +385,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parse(words: Sequence[str]) -> tuple[ScriptArguments, HDPOConfig]:
+def words(options: dict[str, Any]) -> list[str]:
+    """Options as words of a command line."""
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def _parse(argv: Sequence[str]) -> tuple[ScriptArguments, HDPOConfig]:
     from hdpo_train.__main__ import parse_options  # which imports this module in its turn
 
-    return parse_options(list(words))
+    return parse_options(list(argv))
 
 
 def _partial(path: Path) -> Path:

@@ -33,7 +33,7 @@ class Sweep(NamedTuple):
 
     def save(self, path: Path) -> None:
         runs = {str(alpha): [as_json(each) for each in seeds] for alpha, seeds in self.runs.items()}
-        text = json.dumps({**self._asdict(), "base": [as_json(each) for each in self.base], "runs": runs}, indent=1)
+        text = json.dumps({**self._asdict(), "base": [as_json(each) for each in self.base], "runs": runs})
         path.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -54,7 +54,7 @@ class Metric(NamedTuple):
 
 
 def metrics(sweep: Sweep) -> dict[str, Metric]:
-    """Those that were measured, by name."""
+    """Those that were measured everywhere, by name."""
     example = sweep.runs[1.0][0].sampled[1.0]
     found = [
         Metric("greedy accuracy", " %", 1, lambda e, _: None if e.greedy is None else 100 * e.greedy.accuracy.value),
@@ -65,7 +65,9 @@ def metrics(sweep: Sweep) -> dict[str, Metric]:
         _sampled("self-BLEU", "", 3, lambda s: s.self_bleu and s.self_bleu.value),
         _sampled("entropy", "", 3, lambda s: s.entropy and s.entropy.value),
     ]
-    return {metric.name: metric for metric in found if metric.of(sweep.runs[1.0][0], 1.0) is not None}
+    everything = [each for evaluations in (sweep.base, *sweep.runs.values()) for each in evaluations]
+    everywhere = [(each, temperature) for each in everything for temperature in each.sampled]
+    return {m.name: m for m in found if None not in [m.of(*place) for place in everywhere]}
 
 
 def _pass_at(k: int) -> Metric:
@@ -73,7 +75,7 @@ def _pass_at(k: int) -> Metric:
 
 
 def _distinct_n(n: int) -> Metric:
-    return _sampled(f"distinct-{n}", "", 3, lambda s: s.distinct_n[n].value)
+    return _sampled(f"distinct-{n}", "", 3, lambda s: s.distinct_n[n].value if n in s.distinct_n else None)
 
 
 def _sampled(name: str, unit: str, digits: int, of: Callable[[Scores], Any]) -> Metric:
@@ -82,8 +84,7 @@ def _sampled(name: str, unit: str, digits: int, of: Callable[[Scores], Any]) -> 
 
 def values(evaluations: Sequence[Evaluation], metric: Metric, temperature: float = 1.0) -> list[float]:
     """One a seed."""
-    found = [metric.of(each, temperature) for each in evaluations]
-    return [value for value in found if value is not None]
+    return [metric.of(each, temperature) for each in evaluations]
 
 
 def against_dpo(sweep: Sweep, metric: Metric) -> dict[float, Interval]:
@@ -204,9 +205,9 @@ def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines))
 
 
-def figures_table(sweep: Sweep) -> str:
-    """α by metric."""
-    found = metrics(sweep).values()
+def figures_table(sweep: Sweep, names: Sequence[str] = ()) -> str:
+    """α by metric; names: of these alone."""
+    found = [metric for metric in metrics(sweep).values() if not names or metric.name in names]
     lines = [["before training", *(_cell(values(sweep.base, metric), metric) for metric in found)]]
     for alpha, seeds in sorted(sweep.runs.items()):
         name = "α = 1 (DPO)" if alpha == 1 else f"α = {alpha:g}"
@@ -274,7 +275,7 @@ def conclusions(sweep: Sweep) -> list[str]:
     sentences = []
     if "entropy" in found and len(sweep.runs) > 1:
         sentences.append(trend_sentence(sweep))
-    for name in ("greedy accuracy", "sampled accuracy", frontier_metrics(sweep)[1].name, "distinct right"):
+    for name in [name for name in ("greedy accuracy", *(m.name for m in frontier_metrics(sweep))) if name in found]:
         differences = against_dpo(sweep, found[name])
         groups: dict[str, list[str]] = {}
         for alpha, difference in sorted(differences.items()):
