@@ -66,7 +66,8 @@ def run(options: argparse.Namespace) -> list[Evaluation]:
     names = _names([*models, *options.samples], options.names)
     problems = load_problems(options.prompts, prompt_column=options.prompt_column, limit=options.limit)
     checker = make_checker(options.checker, answer_column=options.answer_column, run_code=options.run_code)
-    for number, problem in enumerate(problems if options.checker != "unit_tests" else problems[:1], 1):
+    runs_code = options.checker.split(":")[0] not in ("gsm8k", "choice", "regex")
+    for number, problem in enumerate(problems[:1] if runs_code else problems, 1):
         judge(checker, problem, "", number)  # are the records what the checker needs?
     settings = _settings(options, options.num_samples)
     folder = Path(options.output_dir)

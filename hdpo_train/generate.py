@@ -192,7 +192,7 @@ def entropies(
     """Of every completion, the sum over its tokens of the entropy, nats, of the distribution they were drawn from.
 
     softmax(logits / T), exact, from one forward of the backbone and without logits: with softcap c and scale s,
-    logits / T = c / T · tanh(s / T · x / (c / T)).
+    logits / T = c / T · tanh(s / T · x / (c / T)). Logits are fp32, where a bf16 model's generate rounds them first.
     """
     inner, head = bare(model), head_of(bare(model))
     # padded on the right: positions count from each prompt's start, whatever the model makes of them
@@ -276,7 +276,7 @@ def _transform_or_warn(model: PreTrainedModel) -> HeadTransform | None:
 
 @contextmanager
 def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout, and with torch's random state as it was afterwards."""
+    """Without dropout; mode and torch's random state are restored."""
     training = model.training
     model.eval()
     try:
@@ -290,8 +290,10 @@ def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
 def _own_distribution(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: SamplingOptions
 ) -> Iterator[set[int]]:
-    """Set aside what the model's generation config says: top-k, penalties … would be taken from it where a call is
-    silent. Gives the tokens that end a text: those of that config, and the tokenizer's."""
+    """Set the model's generation config aside: what a call leaves out, such as penalties, would be taken from it.
+
+    Gives the tokens that end a text: those of that config, and the tokenizer's.
+    """
     inner: Any = bare(model)
     original = inner.generation_config
     ends = getattr(original, "eos_token_id", None)
