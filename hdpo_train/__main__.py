@@ -118,6 +118,8 @@ def train(script: ScriptArguments, args: HDPOConfig) -> HDPOTrainer:
     trainer.save_model()
     if trainer.is_world_process_zero():
         folder = Path(str(args.output_dir))
+        if trainer.entropy_control is not None:
+            print(trainer.entropy_control.describe())
         print(f"model: {folder}   metrics: {folder / METRICS_FILE}   plots: {folder / REPORT_FILE}")
     return trainer
 

@@ -21,13 +21,14 @@ from transformers.utils import logging
 
 from hdpo_kernels import HDPOLoss
 from hdpo_kernels.checks import check_gradient
+from hdpo_train.alpha import AlphaSchedule, EntropyControl, EntropyProbe, Target
 from hdpo_train.checkpoints import WholeCheckpoints, remove_leftovers
 from hdpo_train.config import HDPOConfig
 from hdpo_train.data import PairCollator, pair_tokens, tokenize_pairs
 from hdpo_train.head import attach_loss, bare, head_of, whole_shape
 from hdpo_train.output_dir import checkpoint_to_resume, claim_output_dir
 from hdpo_train.packing import find_layout
-from hdpo_train.ranks import check_dataloading, gathered, keep_output_dtype, own_pairs, weights
+from hdpo_train.ranks import check_dataloading, gathered, keep_output_dtype, own_pairs, shards, weights
 from hdpo_train.reference import COLUMNS, model_inputs, with_reference
 from hdpo_train.report import RunReport, mean_loss
 from hdpo_train.sampler import TokenBudgetSampler
@@ -126,12 +127,13 @@ class HDPOTrainer(WholeCheckpoints):
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch's pairs, and
         self.loss_is_scaled_for_ga = False  # Trainer divides it by the number of accumulation steps
         self._sums: dict[str, list[Tensor]] = defaultdict(list)  # per mode: one vector per batch, see _SUMS
+        self.loss_kwargs = args.loss_kwargs()  # its alpha is that of the step
 
         for each in models:
             if each is not policy and self.place_model_on_device:
                 each.to(args.device)
             with gathered(each):
-                attach_loss(bare(each), args.loss_kwargs())
+                attach_loss(bare(each), self.loss_kwargs)
         with contextlib.ExitStack() as stack:
             for each in models:
                 stack.enter_context(gathered(each))
@@ -154,6 +156,11 @@ class HDPOTrainer(WholeCheckpoints):
         self.eval_dataset = _map_datasets(self.eval_dataset, refer, "eval")
         if self.train_dataset is not None:
             self.start = self._start()
+            if args.alpha_final is not None:
+                self.add_callback(AlphaSchedule(self.loss_kwargs, args.alpha_schedule, args.alpha_final))
+            self.entropy_control = None if args.target_entropy is None else self._entropy_control(args.target_entropy)
+            if self.entropy_control is not None:
+                self.add_callback(self.entropy_control)
             self.add_callback(RunReport(self.start))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -255,7 +262,9 @@ class HDPOTrainer(WholeCheckpoints):
             # its loss too: weighted by pairs, whatever the batches' sizes
             logs.update({f"{prefix}{key}": value for key, value in self._metrics("eval").items()})
         elif self._sums["train"] and "loss" in logs:
-            logs.update({**self._metrics("train"), "loss": logs["loss"]})
+            logs.update({**self._metrics("train"), "loss": logs["loss"], "alpha": self.loss_kwargs["alpha"]})
+            if self.entropy_control is not None:
+                logs.update(self.entropy_control.metrics())
         if "train_loss" in logs:  # Trainer's counts from the last resume on
             logs["train_loss"] = mean_loss(self.state.log_history) or logs["train_loss"]
         super().log(logs, start_time)
@@ -278,7 +287,7 @@ class HDPOTrainer(WholeCheckpoints):
         lengths = torch.tensor([end - start for start, end in pairwise(cu_seqlens)], dtype=torch.float32)
         lengths = lengths.to(result.logps.device, non_blocking=True)
         nats = result.entropy * lengths
-        initial = (self.args.alpha - 1) * self.args.beta * (ref_logps[0::2] - ref_logps[1::2])
+        initial = (self.loss_kwargs["alpha"] - 1) * self.args.beta * (ref_logps[0::2] - ref_logps[1::2])
         per_pair = (
             torch.ones_like(result.margins), result.loss.detach().expand_as(result.margins),
             result.chosen_rewards, result.rejected_rewards, (result.margins > 0).float(), result.margins,
@@ -303,6 +312,34 @@ class HDPOTrainer(WholeCheckpoints):
             seen = next((line["num_tokens"] for line in self.state.log_history[::-1] if "num_tokens" in line), 0)
             metrics["num_tokens"] = seen + num_tokens
         return metrics
+
+    def _entropy_control(self, target: str) -> EntropyControl:
+        args, data = self.args, self.train_dataset
+        if shards(self.accelerator):
+            raise ValueError(
+                "target_entropy lets the policy answer prompts while it is trained, which takes whole weights on every "
+                "GPU: use DDP, or leave it out under FSDP and DeepSpeed"
+            )
+        tokenizer: Any = self.processing_class
+        ends = getattr(bare(self.model).generation_config, "eos_token_id", None)  # type: ignore[arg-type]
+        eos = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        every = max(len(data) // args.entropy_prompts, 1)  # type: ignore[arg-type]
+        columns = data.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])  # type: ignore[union-attr]
+        longest = max(len(row[side]) for row in columns for side in ("chosen_ids", "rejected_ids"))
+        prompts = columns.select(range(0, len(data), every))["prompt_ids"][rank : args.entropy_prompts : ranks]  # type: ignore[arg-type]
+        probe = EntropyProbe(prompts, longest, eos, _pad_token_id(tokenizer), args.seed + rank)
+
+        def everywhere(model: Any) -> tuple[float, int]:
+            with self.compute_loss_context_manager():
+                nats, tokens = probe(model)
+            sums = self.accelerator.reduce(torch.tensor([nats, tokens], device=self.accelerator.device), "sum")
+            return sums[0].item(), int(sums[1])
+
+        return EntropyControl(
+            self.loss_kwargs, Target.parse(target), everywhere,
+            bounds=(args.alpha_min, args.alpha_max), every=args.entropy_steps,
+        )  # fmt: skip
 
     def _start(self) -> dict[str, Any]:
         """The first line of metrics.jsonl: what the run starts from."""
