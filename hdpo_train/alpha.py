@@ -211,8 +211,8 @@ class EntropyControl(TrainerCallback):
         nats, tokens = self.probe(model)
         if not 0 < nats < math.inf:
             raise FloatingPointError(
-                f"the entropy of the policy's own answers is {nats / max(tokens, 1)} nats per token, nothing to steer by: "
-                "the model is broken, or certain of every token"
+                f"the entropy of the policy's own answers is {nats / max(tokens, 1)} nats per token: nothing to steer "
+                "by; the model is broken, or certain of every token"
             )
         self._known["measured"] = nats / tokens
         if self._known["before"] is None:
