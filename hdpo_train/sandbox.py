@@ -83,7 +83,7 @@ class Sandbox:
             report.seek(0)
             lines = report.read(1 << 16).decode(errors="replace").splitlines()
         if f"{token} started" not in lines:
-            said = "\n".join(lines).strip() or f"nothing was heard of it in {self.timeout} seconds"
+            said = "\n".join(lines).strip() or f"not a word from it within {self.timeout} seconds"
             raise RuntimeError(f"the sandbox did not start: {said}")
         return f"{token} finished" in lines
 
