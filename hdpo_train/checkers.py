@@ -167,7 +167,9 @@ def _named(problem: Problem) -> str:
 
 def _true_number(problem: Problem, column: str) -> Fraction:
     answer = _field(problem, column)
-    if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        return Fraction(answer)
+    if isinstance(answer, float) and math.isfinite(answer):
         return Fraction(str(answer))  # as it is written: 0.1 is a tenth
     number = final_number(answer) if isinstance(answer, str) else None
     if number is None:
@@ -245,7 +247,7 @@ def _import_file(path: Path) -> ModuleType:
 # --- unit tests -------------------------------------------------------------------------------------------------------
 
 _FENCE = re.compile(r"^[ \t]*```(?:python|py)[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE | re.IGNORECASE)
-_NEXT = re.compile(r"\n(?=class|def|#|if|print)")  # where HumanEval's authors stop a completion: arXiv 2107.03374, 2.2
+_NEXT = re.compile(r"\n(?=class|def|#|if|print)")  # where HumanEval's authors stop a completion: arXiv 2107.03374
 
 
 def unit_test_program(problem: Problem, completion: str) -> str:

@@ -79,6 +79,7 @@ def test_gsm8k_compares_exactly():
     assert not right("gsm8k", "A: 10000000000000001", answer=1e16)
     assert not right("gsm8k", "A: 0.333333333333333333333", answer="1/3")
     assert not right("gsm8k", "no number", answer=0)
+    assert right("gsm8k", f"A: {10**400}", answer=10**400)  # more than a float holds
 
 
 def test_gsm8k_truth_may_be_a_solution_in_another_column():

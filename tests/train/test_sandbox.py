@@ -117,7 +117,7 @@ def processes_with(argument: str) -> list[str]:
 @isolated
 @pytest.mark.parametrize("ends", [True, False])
 def test_finishes_leaves_no_process(ends):
-    seconds = f"86400.{os.getpid()}{int(ends)}"  # a word to know them by
+    seconds = f"60.{os.getpid()}{int(ends)}"  # a word to know them by
     program = f"""
 import os, subprocess, time
 for _ in range(20):  # children in the group, and grandchildren that left it
