@@ -102,10 +102,12 @@ def study(table: Table, folder: Path, settings: Settings, epsilons: Sequence[flo
                 note(f"{trainer.state.global_step} steps")
             lines = [line for line in read_metrics(output_dir) if "loss" in line]
             curves.setdefault(name, []).append(lines)
+            greedy, sampled = result.greedy, result.sampled[1.0]
+            assert greedy is not None and sampled.entropy is not None
             figures = {
-                "greedy accuracy": 100 * result.greedy_accuracy,
-                "sampled accuracy": 100 * result.sampled_accuracy,
-                "entropy": result.entropy,
+                "greedy accuracy": 100 * greedy.accuracy.value,
+                "sampled accuracy": 100 * sampled.accuracy.value,
+                "entropy": sampled.entropy.value,
                 "final loss": statistics.fmean(line["loss"] for line in lines[-LAST_LOGS:]),
             }
             epsilon = options.get("epsilon")

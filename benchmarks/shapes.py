@@ -91,19 +91,20 @@ def _quickstart_problem(sft_steps: int, dtype: torch.dtype, device: str) -> Prob
     Of a pair, the chosen answer is a demonstration and the rejected one the model's own; rows are the answers' tokens.
     """
     from hdpo_train import quickstart
-    from hdpo_train.evaluate import sample
+    from hdpo_train.generate import SamplingOptions, answers
     from hdpo_train.quickstart import task
 
     settings = quickstart.Settings(sft_steps=sft_steps)
     taught, prompts = task.split_prompts(settings.held_out, settings.seed)
     model, tokenizer = quickstart.sft(taught, settings)
-    drawn = sample(model, tokenizer, prompts, 1, max_new_tokens=quickstart.MAX_NEW_TOKENS, seed=settings.seed)
+    options = SamplingOptions(1, max_new_tokens=quickstart.MAX_NEW_TOKENS, batch_size=1024, seed=settings.seed)
+    drawn = answers(model, tokenizer, prompts, options)
     rng = random.Random(settings.seed)
     demonstrated = [task.demonstrate(prompt, rng) for prompt in prompts]
     texts = [
         prompt + answer + str(tokenizer.eos_token)
-        for prompt, right, answers in zip(prompts, demonstrated, drawn.answers, strict=True)
-        for answer in (right, *answers)
+        for prompt, right, own in zip(prompts, demonstrated, drawn, strict=True)
+        for answer in (right, *own)
     ]
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
     starts = torch.tensor([len(ids) for ids in tokenizer(prompts)["input_ids"]]).repeat_interleave(2)

@@ -4,6 +4,7 @@ import argparse
 import copy
 import dataclasses
 import gc
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,10 +32,13 @@ Trains a causal language model on preference pairs with H-DPO: DPO with control 
                                                       there is none: the same command after any crash
   hdpo-train plan …                                   the same options: what memory and time a step will need; of the
                                                       model only its config is read, and no data
+  hdpo-train eval …                                   accuracy, pass@k, diversity and entropy of models on a file of
+                                                      prompts (hdpo-train eval --help)
 
 Records: {"prompt", "chosen", "rejected"} as strings or chat messages; the prompt may be left out where both completions
 begin with it. A run leaves the model, metrics.jsonl and report.png in output_dir.
 """
+_COMMANDS = {"quickstart": "hdpo_train.quickstart", "eval": "hdpo_train.eval_cli"}  # each module has main(argv)
 _COMMON = (
     "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "bf16", "fp16",
@@ -45,12 +49,11 @@ _COMMON = (
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] == "quickstart":
-        from hdpo_train import quickstart
-
+    if not argv or argv[0] in _COMMANDS:
+        command_of_its_own = importlib.import_module(_COMMANDS[argv[0] if argv else "quickstart"])
         try:
-            quickstart.main(argv[1:])
-        except (FileExistsError, ValueError) as error:
+            command_of_its_own.main(argv[1:])
+        except (ValueError, OSError, FloatingPointError) as error:
             _fail(str(error))
         return
     parser = _parser()

@@ -1,123 +1,108 @@
-"""What a model can do on prompts whose answers a program checks: accuracy, coverage, diversity, entropy."""
+"""A model on prompts whose answers a program checks: samples, judged and scored."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
-import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-Checker = Callable[[str, str], bool]  # (prompt, answer) -> is it right?
+from hdpo_train.checkers import Checker, Problem
+from hdpo_train.generate import Sampler, SamplingOptions, weights_fingerprint
+from hdpo_train.samples import Sample
+from hdpo_train.scores import Evaluation, Scores, score, sentence_bleu
 
-
-@dataclass
-class Evaluation:
-    greedy_accuracy: float  # share of prompts whose most likely answer, token by token, is right
-    sampled_accuracy: float  # share of sampled answers that are right
-    pass_at_k: float  # probability that one of k samples is right, unbiased
-    distinct_right: float  # mean number of different right answers among a prompt's samples
-    entropy: float  # nats per generated token, of the distribution the token was sampled from
+logger = logging.get_logger(__name__)
 
 
-@dataclass
-class Samples:
-    answers: list[list[str]]  # n for each prompt
-    entropy: float  # mean nats per generated token up to and including the end
+@dataclass(frozen=True)
+class EvalOptions(SamplingOptions):
+    """What to draw and what to report. Greedy completions are drawn whatever the temperatures."""
+
+    k: tuple[int, ...] = (1, 4, 8)  # of pass@k
+    self_bleu: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "k", tuple(self.k))
+        if bad := [k for k in self.k if not 1 <= k <= self.num_samples]:
+            raise ValueError(f"pass@{bad[0]} needs 1 <= k <= num_samples, and num_samples = {self.num_samples}")
+        if self.self_bleu:
+            sentence_bleu()  # is it there? Known before anything is drawn
+
+    @property
+    def sampling(self) -> SamplingOptions:
+        temperatures = (0.0, *(t for t in self.temperatures if t))
+        return SamplingOptions(self.num_samples, temperatures, self.max_new_tokens, self.batch_size, self.seed)
 
 
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    is_right: Checker,
+    problems: Sequence[Problem],
+    checker: Checker,
+    options: EvalOptions,
     *,
-    num_samples: int = 16,
-    k: int = 8,
-    max_new_tokens: int = 64,
-    seed: int = 0,
-    description: str = "Evaluating",
+    name: str,
+    samples_file: Path | None = None,
 ) -> Evaluation:
-    """Greedy and sampled (temperature 1) answers to every prompt, judged.
+    """Greedy completions of every prompt, and samples at every temperature, judged by the checker and scored.
 
-    Raises ValueError if there is no prompt, or k is larger than num_samples.
+    name: of the model in reports. samples_file: a JSONL that samples are appended to while they are drawn, and from
+    which a later call with the same settings goes on.
+
+    Raises ValueError if there is no prompt, or the file holds samples of another model, other prompts or settings.
     """
-    if not prompts or not 1 <= k <= num_samples:
-        found = f"{len(prompts)} prompts, k = {k}, num_samples = {num_samples}"
-        raise ValueError(f"at least one prompt and 1 <= k <= num_samples are needed, got {found}")
-    greedy = sample(model, tokenizer, prompts, 1, temperature=0, max_new_tokens=max_new_tokens, description=description)
-    drawn = sample(
-        model, tokenizer, prompts, num_samples, max_new_tokens=max_new_tokens, seed=seed, description=description
-    )
-    right = [[a for a in answers if is_right(p, a)] for p, answers in zip(prompts, drawn.answers, strict=True)]
-    mean = lambda values: sum(values) / len(prompts)  # noqa: E731
-    return Evaluation(
-        greedy_accuracy=mean(is_right(p, a[0]) for p, a in zip(prompts, greedy.answers, strict=True)),
-        sampled_accuracy=mean(len(answers) / num_samples for answers in right),
-        pass_at_k=mean(pass_at_k(num_samples, len(answers), k) for answers in right),
-        distinct_right=mean(len(set(answers)) for answers in right),
-        entropy=drawn.entropy,
-    )
+    sampler = Sampler(problems, tokenizer, options.sampling, name=name)
+    if samples_file is not None:
+        sampler.keep_in(samples_file, weights_fingerprint(model))
+    return grade(name, problems, checker, sampler.run(model), options)
 
 
-@torch.no_grad()
-def sample(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    n: int,
-    *,
-    temperature: float = 1.0,
-    max_new_tokens: int = 64,
-    seed: int = 0,
-    batch_size: int = 1024,
-    description: str = "Sampling",
-) -> Samples:
-    """n answers to each prompt from the model's own distribution; temperature 0 takes the likeliest token each time."""
-    choice: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:  # the model's own distribution: whatever its generation config says of top-k and top-p is off
-        choice = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    repeated = [prompt for prompt in prompts for _ in range(n)]
-    generator: Any = model  # typed as a module, generate() is not callable
-    training = model.training
-    model.eval()
-    answers: list[str] = []
-    nats, tokens = 0.0, 0
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for start in tqdm(range(0, len(repeated), batch_size), desc=description, leave=False, unit="batch"):
-            texts = repeated[start : start + batch_size]
-            batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
-            output = generator.generate(
-                **batch.to(model.device), **choice, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
-                output_logits=True, return_dict_in_generate=True,
-            )  # fmt: skip
-            new = output.sequences[:, batch["input_ids"].shape[1] :]
-            kept = _up_to_the_end(new, tokenizer.eos_token_id)
-            for step, logits in enumerate(output.logits):
-                nats += (_entropy(logits) * kept[:, step]).sum().item()
-            tokens += int(kept.sum())
-            answers += tokenizer.batch_decode(new, skip_special_tokens=True)
-    model.train(training)
-    return Samples([answers[i : i + n] for i in range(0, len(answers), n)], nats / max(tokens, 1))
+def grade(
+    name: str, problems: Sequence[Problem], checker: Checker, samples: Sequence[Sample], options: EvalOptions
+) -> Evaluation:
+    """Judge and score samples, whichever engine drew them; every prompt needs as many at a temperature."""
+    by_temperature: dict[float, list[list[Sample]]] = {}
+    for sample in samples:
+        by_temperature.setdefault(sample.temperature, [[] for _ in problems])[sample.prompt].append(sample)
+    for temperature, groups in by_temperature.items():
+        fewest, most = min(groups, key=len), max(groups, key=len)
+        if len(fewest) < len(most):
+            raise ValueError(
+                f"{name}: prompt {groups.index(fewest) + 1} has {len(fewest)} samples at temperature {temperature:g}, "
+                f"prompt {groups.index(most) + 1} has {len(most)}; every prompt needs as many"
+            )
+    if cut := sum(sample.ended is False for sample in samples):
+        share = cut / len(samples)
+        logger.warning(f"{name}: {cut} completions ({share:.1%}) did not end within max_new_tokens; judged as they are")
+    scores: dict[float, Scores] = {}
+    with tqdm(total=len(samples), desc=f"Judging, {name}", unit="sample", leave=False) as progress:
+        for temperature, groups in by_temperature.items():
+            right = []
+            for number, (problem, group) in enumerate(zip(problems, groups, strict=True), 1):
+                different = dict.fromkeys(sample.completion for sample in group)  # each is judged once
+                verdicts = {completion: judge(checker, problem, completion, number) for completion in different}
+                right.append([verdicts[sample.completion] for sample in group])
+                progress.update(len(group))
+            known = all(sample.entropy is not None and sample.num_tokens for group in groups for sample in group)
+            scores[temperature] = score(
+                [[sample.completion for sample in group] for group in groups],
+                right,
+                temperature=temperature,
+                k=options.k if temperature else (),
+                nats=[sum(s.entropy or 0 for s in group) for group in groups] if known else None,
+                tokens=[sum(s.num_tokens or 0 for s in group) for group in groups] if known else None,
+                self_bleu=options.self_bleu,
+                seed=options.seed,
+            )
+    return Evaluation(name, len(problems), scores.pop(0.0, None), scores)
 
 
-def pass_at_k(n: int, num_right: int, k: int) -> float:
-    """Probability that k of n samples, drawn without replacement, hold a right one: 1 − C(n − c, k) / C(n, k).
-
-    The unbiased estimator of arXiv 2107.03374, eq. 1.
-    """
-    return 1 - math.comb(n - num_right, k) / math.comb(n, k)
-
-
-def _entropy(logits: Tensor) -> Tensor:
-    logp = logits.float().log_softmax(-1)
-    return -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1)
-
-
-def _up_to_the_end(tokens: Tensor, eos_token_id: int) -> Tensor:
-    """1 for every token up to and including the first EOS, 0 after it."""
-    ended = (tokens == eos_token_id).long()
-    return (ended.cumsum(1) - ended == 0).long()
+def judge(checker: Checker, problem: Problem, completion: str, number: int) -> bool:
+    """The checker's verdict; what it raises names the prompt by its number."""
+    try:
+        return bool(checker(problem, completion))
+    except ValueError as error:
+        raise ValueError(f"prompt {number}: {error}") from error

@@ -151,17 +151,33 @@ def from_messages(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) ->
     for completion in (chosen, rejected):
         if not any(value for message in completion for key, value in message.items() if key != "role"):
             raise BadRecord(EMPTY)
-    tools, options = record.get("tools") or None, record.get("chat_template_kwargs") or {}
-    options = {key: value for key, value in options.items() if value is not None} | {"tokenize": False}
-    try:
-        options["tools"] = json.loads(tools) if isinstance(tools, str) else tools
-        start = str(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options))
-        both = [str(tokenizer.apply_chat_template(prompt + completion, **options)) for completion in (chosen, rejected)]
-    except (TemplateError, TypeError, ValueError) as error:
-        raise BadRecord(f"the chat template refuses the messages or tools ({error})") from error
+    start = _written(prompt, record, tokenizer, add_generation_prompt=True)
+    both = [_written(prompt + completion, record, tokenizer) for completion in (chosen, rejected)]
     if not all(text.startswith(start) for text in both):
         raise BadRecord("the chat template writes the prompt differently inside the conversation: use another template")
     return start, both[0][len(start) :], both[1][len(start) :]
+
+
+def chat_prompt(messages: Any, record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """A prompt of messages as the tokenizer's chat template writes it, up to where the answer begins.
+
+    Raises:
+        BadRecord: messages are no list of messages, or the template refuses them.
+    """
+    if not (prompt := _messages(messages)):
+        raise BadRecord("the prompt has no message")
+    return _written(prompt, record, tokenizer, add_generation_prompt=True)
+
+
+def _written(messages: list[dict[str, Any]], record: dict[str, Any], tokenizer: Any, **kwargs: Any) -> str:
+    """By the chat template, with the record's tools and chat_template_kwargs."""
+    tools, options = record.get("tools") or None, record.get("chat_template_kwargs") or {}
+    options = {key: value for key, value in options.items() if value is not None} | {"tokenize": False} | kwargs
+    try:
+        options["tools"] = json.loads(tools) if isinstance(tools, str) else tools
+        return str(tokenizer.apply_chat_template(messages, **options))
+    except (TemplateError, TypeError, ValueError) as error:
+        raise BadRecord(f"the chat template refuses the messages or tools ({error})") from error
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the README's commands name: a model, pairs.jsonl, run.yaml."""
+    """What the README's commands name: a model, pairs.jsonl, prompts.jsonl, run.yaml."""
     from tests.train.conftest import tokenizer
 
     folder = tmp_path_factory.mktemp("readme")
@@ -29,6 +29,7 @@ def folder(tmp_path_factory):
     tokenizer.__wrapped__().save_pretrained(folder / "model")
     records = [*make_records(), json.loads(blocks("json")[0])]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "prompts.jsonl").write_text(blocks("json")[1])
     options = ["model_name_or_path: model", "dataset_name: pairs.jsonl", "output_dir: from-yaml", "max_steps: 1"]
     (folder / "run.yaml").write_text("\n".join(options))
     return folder
@@ -48,12 +49,14 @@ def test_readme_make_commands_exist():
 
 
 def test_readme_training_commands_run_in_order(folder):
-    for line in blocks("bash")[1].splitlines():
+    for line in "".join(blocks("bash")[1:]).splitlines():
         name, *arguments = shlex.split(line)
         assert name == "hdpo-train"
         result = python(folder, "-m", "hdpo_train", *arguments)
         assert result.returncode == 0, f"{line}\n{result.stderr[-2000:]}"
     assert (folder / "out" / "report.png").exists() and (folder / "from-yaml" / "model.safetensors").exists()
+    first, second = (json.loads((folder / name / "results.json").read_text()) for name in ("eval", "eval-again"))
+    assert first[1]["sampled"]["0.7"]["entropy"] == second[0]["sampled"]["0.7"]["entropy"]
 
 
 def test_readme_snippet_of_the_kernels_runs(folder):

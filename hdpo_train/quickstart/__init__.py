@@ -20,15 +20,20 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
+from hdpo_train.checkers import Problem
 from hdpo_train.config import HDPOConfig
-from hdpo_train.evaluate import Evaluation, evaluate, sample
+from hdpo_train.evaluate import EvalOptions, evaluate
+from hdpo_train.generate import SamplingOptions, answers
 from hdpo_train.quickstart import task
 from hdpo_train.quickstart.model import new_model, teach, train_tokenizer
 from hdpo_train.quickstart.pairs import judge
+from hdpo_train.scores import Evaluation, as_json
 from hdpo_train.trainer import HDPOTrainer
 
 SETTINGS_FILE, RESULTS_FILE, TABLE_FILE = "settings.json", "results.json", "results.md"
 MAX_NEW_TOKENS = 3 * task.MOST + 2  # the longest right answer, its end, and one more
+BATCH_SIZE = 1024  # samples at a time
+K = 8  # of pass@k
 
 
 @dataclass
@@ -96,11 +101,11 @@ def run(folder: Path, settings: Settings) -> dict[str, Evaluation]:
             models[f"H-DPO, α = {alpha:g}" + (" (DPO)" if alpha == 1 else "")] = trained
             note(f"{trainer.state.global_step} steps, margin before training {trainer.start['initial_margin']:+.2f}")
     with stage(f"5/5 evaluation: {len(held_out)} held-out prompts, {settings.eval_samples} samples each"):
-        results = {name: measure(model, tokenizer, held_out, settings) for name, model in models.items()}
+        results = {name: measure(model, tokenizer, held_out, settings, name) for name, model in models.items()}
 
-    table = _table(results, settings)
+    table = _table(results)
     (folder / TABLE_FILE).write_text(table + "\n", encoding="utf-8")
-    text = json.dumps({name: asdict(result) for name, result in results.items()}, indent=2, ensure_ascii=False)
+    text = json.dumps([as_json(result) for result in results.values()], indent=2, ensure_ascii=False)
     (folder / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
     print(f"\n{table}\n\n{time.perf_counter() - started:.0f} s in all; models, pairs, plots and results: {folder}/")
     return results
@@ -121,10 +126,11 @@ def make_pairs(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], settings: Settings
 ) -> list[dict[str, str]]:
     asked = prompts[: settings.pair_prompts]
-    answers = sample(
-        model, tokenizer, asked, settings.samples_per_prompt, max_new_tokens=MAX_NEW_TOKENS, seed=settings.seed
+    options = SamplingOptions(
+        settings.samples_per_prompt, max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH_SIZE, seed=settings.seed
     )
-    records = judge(asked, answers, settings.pairs_per_prompt, settings.seed)
+    drawn = answers(model, tokenizer, asked, options)
+    records = judge(asked, drawn, settings.pairs_per_prompt, settings.seed)
     if not records:
         raise ValueError("the model gave no prompt both a right and a wrong answer: there is nothing to prefer")
     return records
@@ -164,12 +170,22 @@ def train(
 
 
 def measure(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, held_out: list[str], settings: Settings
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    held_out: list[str],
+    settings: Settings,
+    name: str = "the model",
 ) -> Evaluation:
-    return evaluate(
-        model, tokenizer, held_out, task.is_right,
-        num_samples=settings.eval_samples, max_new_tokens=MAX_NEW_TOKENS, seed=settings.seed,
+    options = EvalOptions(
+        settings.eval_samples, max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH_SIZE, seed=settings.seed, k=(K,),
+        self_bleu=False,
     )  # fmt: skip
+    problems = [Problem(prompt, {}) for prompt in held_out]
+    return evaluate(model, tokenizer, problems, _is_right, options, name=name)
+
+
+def _is_right(problem: Problem, completion: str) -> bool:
+    return task.is_right(str(problem.prompt), completion)
 
 
 class _BarOnly(ProgressCallback):
@@ -179,15 +195,17 @@ class _BarOnly(ProgressCallback):
         pass
 
 
-def _table(results: dict[str, Evaluation], settings: Settings) -> str:
+def _table(results: dict[str, Evaluation]) -> str:
     lines = [
-        "| | greedy accuracy | sampled accuracy | pass@8 | distinct right answers | entropy, nats per token |",
+        f"| | greedy accuracy | sampled accuracy | pass@{K} | distinct right answers | entropy, nats per token |",
         "|---|---|---|---|---|---|",
     ]
-    for name, r in results.items():
+    for name, result in results.items():
+        greedy, sampled = result.greedy, result.sampled[1.0]
+        assert greedy is not None and sampled.entropy is not None
         lines.append(
-            f"| {name} | {r.greedy_accuracy:.1%} | {r.sampled_accuracy:.1%} | {r.pass_at_k:.1%} "
-            f"| {r.distinct_right:.1f} of {settings.eval_samples} | {r.entropy:.3f} |"
+            f"| {name} | {greedy.accuracy.value:.1%} | {sampled.accuracy.value:.1%} | {sampled.pass_at[K].value:.1%} "
+            f"| {sampled.distinct_right.value:.1f} of {sampled.num_samples} | {sampled.entropy.value:.3f} |"
         )
     return "\n".join(lines)
 

@@ -2,16 +2,15 @@
 
 import random
 
-from hdpo_train.evaluate import Samples
 from hdpo_train.quickstart import task
 
 
-def judge(prompts: list[str], samples: Samples, per_prompt: int, seed: int) -> list[dict[str, str]]:
+def judge(prompts: list[str], answers: list[list[str]], per_prompt: int, seed: int) -> list[dict[str, str]]:
     """At most per_prompt records a prompt, no answer used twice; a prompt with right answers only gives none."""
     rng = random.Random(seed)
     records = []
-    for prompt, answers in zip(prompts, samples.answers, strict=True):
-        unique = sorted(set(filter(None, answers)))
+    for prompt, drawn in zip(prompts, answers, strict=True):
+        unique = sorted(set(filter(None, drawn)))
         rng.shuffle(unique)
         right = [answer for answer in unique if task.is_right(prompt, answer)]
         wrong = [answer for answer in unique if not task.is_right(prompt, answer)]

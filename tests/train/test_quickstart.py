@@ -8,9 +8,9 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hdpo_train import quickstart
-from hdpo_train.evaluate import Samples
 from hdpo_train.quickstart import task
 from hdpo_train.quickstart.pairs import judge
+from hdpo_train.scores import from_json
 
 TINY = quickstart.Settings(
     hidden_size=64, num_layers=2, sft_steps=120, sft_batch_size=64, sft_learning_rate=5e-3, pair_prompts=600,
@@ -50,7 +50,7 @@ def test_count_right_counts_orders():
 def test_judge_prefers_right_to_wrong_and_uses_no_answer_twice():
     prompts = ["1 red 1 blue 1 gold:", "2 red 1 blue 1 gold:"]
     answers = [[" red blue gold", " red blue gold", " gold red blue", " red", " blue"], [" red", "", " blue"]]
-    records = judge(prompts, Samples(answers, 0.0), per_prompt=5, seed=0)
+    records = judge(prompts, answers, per_prompt=5, seed=0)
     assert len(records) == 2
     for record in records:
         assert task.is_right(record["prompt"], record["chosen"])
@@ -65,10 +65,9 @@ def test_run_leaves_models_pairs_plots_and_a_table(tmp_path, capsys):
     table = (folder / "results.md").read_text()
     assert table.strip() in printed
     assert list(results) == ["SFT (before)", "H-DPO, α = 1 (DPO)", "H-DPO, α = 0.7"]
-    assert f"{results['SFT (before)'].entropy:.3f}" in table
-    assert json.loads((folder / "results.json").read_text())["SFT (before)"]["pass_at_k"] == pytest.approx(
-        results["SFT (before)"].pass_at_k
-    )
+    before = results["SFT (before)"]
+    assert f"{before.sampled[1.0].entropy.value:.3f}" in table
+    assert from_json(json.loads((folder / "results.json").read_text())[0]) == before
     for name in ("sft", "alpha-1", "alpha-0.7"):
         AutoModelForCausalLM.from_pretrained(folder / name)
         AutoTokenizer.from_pretrained(folder / name)

@@ -1,5 +1,6 @@
 """Tiny random models of several families, and preference records made on the spot."""
 
+import math
 import random
 
 import torch
@@ -43,6 +44,25 @@ def make_model(family: str = "llama", seed: int = 0, spread: float = 5.0):
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
         model.get_output_embeddings().weight.mul_(spread)
+    return model.eval()
+
+
+def make_chain(transitions: dict[int, dict[int, float]]):
+    """A Llama whose next token depends on the last one only: transitions[last][next] is its probability.
+
+    Embeddings are one-hot, and the one layer adds nothing: the head sees √V · one-hot(last).
+    """
+    config = LlamaConfig(**{**_SIZE, **_KV, **_IDS, "hidden_size": VOCAB, "num_hidden_layers": 1})
+    model = LlamaForCausalLM(config)
+    logits = torch.full((VOCAB, VOCAB), -60.0)  # next, last
+    for last, following in transitions.items():
+        for token, probability in following.items():
+            logits[token, last] = math.log(probability)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.copy_(30 * torch.eye(VOCAB))  # large beside the norm's ε
+        model.lm_head.weight.copy_(logits / VOCAB**0.5)
     return model.eval()
 
 

@@ -1,0 +1,312 @@
+"""Samples from a model's own distribution at given temperatures: batched, seeded, resumable, with their exact entropy.
+
+    problems ── encode ──> prompt ids ── batches of (prompt, temperature, number) ── generate ──> samples
+
+Batches are fixed beforehand, and each has a seed of its own: a call that goes on where another was killed draws what
+that one would have drawn, bit for bit on the same machine with the same versions.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file, logging
+
+from hdpo_kernels import linear_logp
+from hdpo_train.checkers import Problem
+from hdpo_train.head import HeadTransform, UnsupportedHead, bare, find_transform, head_of
+from hdpo_train.records import BadRecord, chat_prompt
+from hdpo_train.samples import Request, Sample, SamplesFile, digest
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Everything the samples of a model depend on, beside model and prompts.
+
+    Raises ValueError for a value out of range.
+    """
+
+    num_samples: int = 16  # of each prompt at each temperature; greedy: one
+    temperatures: tuple[float, ...] = (1.0,)  # 0: greedy
+    max_new_tokens: int = 256
+    batch_size: int = 64  # sequences
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
+        for name in ("num_samples", "max_new_tokens", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+        if bad := [t for t in self.temperatures if not 0 <= t < math.inf]:
+            raise ValueError(f"a temperature must be a number from 0 on, got {bad[0]}")
+        if len(set(self.temperatures)) < len(self.temperatures):
+            raise ValueError(f"a temperature is given twice: {self.temperatures}")
+
+
+class Sampler:
+    """Draws samples of every problem's prompt from one model, at every temperature.
+
+    problems: at least one. name: what to call the model in messages and in the file of samples.
+    Raises ValueError for a prompt without a token, or messages that the tokenizer's chat template refuses.
+    """
+
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        tokenizer: PreTrainedTokenizerBase,
+        options: SamplingOptions,
+        *,
+        name: str = "the model",
+    ) -> None:
+        if not problems:
+            raise ValueError("there is no prompt to sample from")
+        self.tokenizer, self.options, self.name = tokenizer, options, name
+        self.samples: list[Sample] = []  # drawn so far: by temperature, prompt, number
+        self._prompts = digest([problem.prompt for problem in problems])
+        self._prompt_ids = encode(problems, tokenizer)
+        self._batches = _batches(len(problems), options)
+        self._num_drawn = 0
+        self._file: SamplesFile | None = None
+
+    def keep_in(self, path: Path, fingerprint: str) -> None:
+        """Go on from the samples in this file, and append those that `run` draws.
+
+        fingerprint: of the model. Raises ValueError if the file is of another model, other prompts or other options.
+        """
+        header = {
+            "name": self.name,
+            "model": fingerprint,
+            "prompts": self._prompts,
+            "prompt_ids": digest(self._prompt_ids),  # changes with the tokenizer and the chat template
+            **asdict(self.options),
+        }
+        self._file = SamplesFile(path, header, self._batches)
+        self.samples, self._num_drawn = list(self._file.samples), self._file.num_batches
+
+    @property
+    def missing(self) -> int:
+        """Number of batches that are to be drawn."""
+        return len(self._batches) - self._num_drawn
+
+    def run(self, model: PreTrainedModel) -> list[Sample]:
+        """Draw what is missing; returns all samples.
+
+        Raises ValueError if a prompt and max_new_tokens do not fit the model, FloatingPointError where logits are not
+        finite. A head that is not softcap(scale · (h Wᵀ + b)) gives no entropy, and a warning.
+        """
+        _check_lengths(model, self._prompt_ids, self.options.max_new_tokens)
+        transform = _transform_or_warn(model)
+        progress = tqdm(
+            total=len(self._batches), initial=self._num_drawn, desc=f"Sampling, {self.name}", unit="batch", leave=False
+        )
+        with progress, _in_eval_mode(model), _own_distribution(model, self.tokenizer, self.options) as ends:
+            for number in range(self._num_drawn, len(self._batches)):
+                samples = self._draw(model, self._batches[number], number, ends, transform)
+                if self._file is not None:
+                    self._file.append(samples)
+                self.samples += samples
+                self._num_drawn += 1
+                progress.update()
+        return self.samples
+
+    @torch.no_grad()
+    def _draw(
+        self, model: PreTrainedModel, batch: list[Request], number: int, ends: set[int], transform: HeadTransform | None
+    ) -> list[Sample]:
+        temperature = batch[0].temperature
+        choice: dict[str, Any] = {"do_sample": temperature > 0}
+        if temperature > 0:
+            choice |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+        prompts = [self._prompt_ids[request.prompt] for request in batch]
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+        generator: Any = bare(model)
+        torch.manual_seed(_seed(self.options.seed, temperature, number))
+        output = generator.generate(input_ids=ids, attention_mask=mask, **choice)
+        completions = [_up_to_the_end(row, ends) for row in output[:, width:].tolist()]
+        nats: list[float | None] = [None] * len(batch)
+        if transform is not None:
+            nats = [*entropies(model, transform, prompts, completions, temperature or 1.0)]
+            if bad := [r for r, value in zip(batch, nats, strict=True) if not math.isfinite(value or 0)]:
+                raise FloatingPointError(f"{self.name} gives prompt {bad[0].prompt + 1} logits that are not finite")
+        texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
+        return [
+            Sample(*request, text, len(tokens), entropy, tokens[-1] in ends)
+            for request, text, tokens, entropy in zip(batch, texts, completions, nats, strict=True)
+        ]
+
+
+def answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], options: SamplingOptions
+) -> list[list[str]]:
+    """Of every prompt its samples' texts."""
+    samples = Sampler([Problem(prompt, {}) for prompt in prompts], tokenizer, options).run(model)
+    texts: list[list[str]] = [[] for _ in prompts]
+    for sample in samples:
+        texts[sample.prompt].append(sample.completion)
+    return texts
+
+
+def encode(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of the prompts as in training: a string as the tokenizer takes it, messages by its chat template."""
+    encoded = []
+    for number, (prompt, record) in enumerate(problems, 1):
+        is_chat = not isinstance(prompt, str)
+        if is_chat and not tokenizer.chat_template:
+            raise ValueError(
+                f"prompt {number} is of chat messages, but the tokenizer has no chat template: use the tokenizer of a "
+                "chat model, or give prompts as strings"
+            )
+        try:
+            text = chat_prompt(prompt, record, tokenizer) if is_chat else prompt
+        except BadRecord as error:
+            raise ValueError(f"prompt {number}: {error}") from error
+        ids = tokenizer(text, add_special_tokens=not is_chat, verbose=False)["input_ids"]
+        if ids[-1:] == [tokenizer.eos_token_id] and not str(text).endswith(str(tokenizer.eos_token)):
+            ids = ids[:-1]  # of a tokenizer that ends every text; a prompt goes on
+        if not ids:
+            raise ValueError(f"prompt {number} is empty: there is no token to go on from")
+        encoded.append(ids)
+    return encoded
+
+
+def entropies(
+    model: PreTrainedModel,
+    transform: HeadTransform,
+    prompts: Sequence[list[int]],
+    completions: Sequence[list[int]],
+    temperature: float,
+) -> Iterator[float]:
+    """Of every completion, the sum over its tokens of the entropy, nats, of the distribution they were drawn from.
+
+    softmax(logits / T), exact, from one forward of the backbone and without logits: with softcap c and scale s,
+    logits / T = c / T · tanh(s / T · x / (c / T)).
+    """
+    inner, head = bare(model), head_of(bare(model))
+    # padded on the right: positions count from each prompt's start, whatever the model makes of them
+    texts = [(prompt + completion)[:-1] for prompt, completion in zip(prompts, completions, strict=True)]
+    width = max(map(len, texts))
+    ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=model.device)
+    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts], device=model.device)
+    backbone: Any = inner.base_model
+    hidden: Tensor = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    rows = [
+        number * width + len(prompt) - 1 + step
+        for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+        for step in range(len(completion))
+    ]
+    scored = hidden.flatten(0, 1)[torch.tensor(rows, device=hidden.device)]
+    result = linear_logp(
+        scored.to(head.weight), head.weight, torch.tensor([token for tokens in completions for token in tokens]),
+        bias=head.bias, softcap=None if transform.softcap is None else transform.softcap / temperature,
+        logit_scale=transform.logit_scale / temperature,
+    )  # fmt: skip
+    for part in result.entropy.double().cpu().split([len(completion) for completion in completions]):
+        yield part.sum().item()
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """Short SHA-256 over the weights and the tokens that end a text."""
+    sha = hashlib.sha256(str(model.generation_config and model.generation_config.eos_token_id).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
+    return sha.hexdigest()[:16]
+
+
+def files_fingerprint(model_name_or_path: str) -> str:
+    """The same for a model that need not be loaded: SHA-256 over a folder's weights, or a hub id's commit."""
+    folder = Path(model_name_or_path)
+    if not folder.is_dir():
+        config = cached_file(model_name_or_path, "config.json")
+        return f"{model_name_or_path} {Path(str(config)).parent.name}"
+    patterns = ("config.json", "generation_config.json", "adapter_config.json", "*.safetensors", "pytorch_model*.bin")
+    sha = hashlib.sha256()
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+        sha.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(2**24):
+                sha.update(block)
+    return sha.hexdigest()[:16]
+
+
+def _batches(num_prompts: int, options: SamplingOptions) -> list[list[Request]]:
+    """Samples of one temperature each; those of a prompt together, so that little is padded."""
+    batches = []
+    for temperature in options.temperatures:
+        each = options.num_samples if temperature else 1
+        requests = [Request(prompt, temperature, number) for prompt in range(num_prompts) for number in range(each)]
+        batches += [requests[i : i + options.batch_size] for i in range(0, len(requests), options.batch_size)]
+    return batches
+
+
+def _seed(seed: int, temperature: float, batch: int) -> int:
+    return int(hashlib.sha256(f"{seed} {temperature!r} {batch}".encode()).hexdigest()[:15], 16)
+
+
+def _check_lengths(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> None:
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    number = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if most is not None and len(prompts[number]) + max_new_tokens > most:
+        raise ValueError(
+            f"prompt {number + 1} has {len(prompts[number])} tokens, with max_new_tokens = {max_new_tokens} more than "
+            f"the {most} positions of the model: lower max_new_tokens, or leave long prompts out"
+        )
+
+
+def _transform_or_warn(model: PreTrainedModel) -> HeadTransform | None:
+    try:
+        return find_transform(bare(model))
+    except UnsupportedHead as error:
+        logger.warning(f"no entropy: {error}")
+        return None
+
+
+@contextmanager
+def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout, and with torch's random state as it was afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _own_distribution(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: SamplingOptions
+) -> Iterator[set[int]]:
+    """Set aside what the model's generation config says: top-k, penalties … would be taken from it where a call is
+    silent. Gives the tokens that end a text: those of that config, and the tokenizer's."""
+    inner: Any = bare(model)
+    original = inner.generation_config
+    ends = getattr(original, "eos_token_id", None)
+    tokens = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(tokens, default=0)
+    inner.generation_config = GenerationConfig(
+        max_new_tokens=options.max_new_tokens, pad_token_id=pad, eos_token_id=sorted(tokens) or None
+    )
+    try:
+        yield tokens
+    finally:
+        inner.generation_config = original
+
+
+def _up_to_the_end(tokens: list[int], ends: set[int]) -> list[int]:
+    """With the first token that ends the text; the rest is padding."""
+    stop = next((i for i, token in enumerate(tokens, 1) if token in ends), len(tokens))
+    return tokens[:stop]

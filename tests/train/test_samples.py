@@ -1,0 +1,126 @@
+"""The file of samples: killed at any byte, of other settings, edited; and samples of other engines."""
+
+import gzip
+import json
+
+import pytest
+
+from hdpo_train.checkers import Problem
+from hdpo_train.samples import Request, Sample, SamplesFile, digest, read_samples
+
+HEADER = {"name": "é", "model": "abc", "seed": 0}
+BATCHES = [[Request(p, 1.0, i) for i in range(2)] for p in range(3)]
+PROBLEMS = [Problem("2 + 2?", {}), Problem([{"role": "user", "content": "hé"}], {}), Problem("again", {})]
+
+
+def draw(batch):
+    return [Sample(*request, f"a\u2028ß\n{request.prompt}", 3, 0.1 + request.number, True) for request in batch]
+
+
+def fill(path):
+    """What a run does: whatever is missing."""
+    file = SamplesFile(path, HEADER, BATCHES)
+    for batch in BATCHES[file.num_batches :]:
+        file.append(draw(batch))
+    return SamplesFile(path, HEADER, BATCHES).samples
+
+
+def test_samples_file_killed_at_any_byte_ends_with_the_same_bytes(tmp_path):
+    path = tmp_path / "new" / "samples.jsonl"
+    samples = fill(path)
+    assert samples == [sample for batch in BATCHES for sample in draw(batch)]
+    whole = path.read_bytes()
+    for size in range(len(whole) + 1):
+        path.write_bytes(whole[:size])
+        before = SamplesFile(path, HEADER, BATCHES)
+        assert path.read_bytes() == whole[:size]  # looking changes nothing
+        assert before.samples == samples[: 2 * before.num_batches]
+        assert fill(path) == samples and path.read_bytes() == whole
+    assert before.num_batches == 3
+
+
+@pytest.mark.parametrize("key", ["model", "seed"])
+def test_samples_file_of_other_settings_is_refused_and_kept(key, tmp_path):
+    path = tmp_path / "samples.jsonl"
+    fill(path)
+    whole = path.read_bytes()
+    with pytest.raises(ValueError, match=rf"{key} = {HEADER[key]}, this call has {key} = 7"):
+        SamplesFile(path, {**HEADER, key: 7}, BATCHES)
+    assert path.read_bytes() == whole
+    assert SamplesFile(path, {**HEADER, "name": "of another folder"}, BATCHES).num_batches == 3
+
+
+@pytest.mark.parametrize("content", ["precious\n", "precious", '{"format": "x"}\n', "[1]\n"])
+def test_samples_file_refuses_what_is_none(content, tmp_path):
+    (tmp_path / "thesis.tex").write_text(content)
+    with pytest.raises(ValueError, match="not a file of samples"):
+        SamplesFile(tmp_path / "thesis.tex", HEADER, BATCHES)
+    assert (tmp_path / "thesis.tex").read_text() == content
+
+
+def test_samples_file_refuses_what_was_edited(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    fill(path)
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for edited, message in (
+        ([lines[0], lines[2], lines[1], *lines[3:]], "should be is Request"),
+        ([lines[0], "nonsense", *lines[2:]], "is no sample"),
+        ([*lines[:-1], lines[-2], ""], "7 samples, 6 were asked for"),
+    ):
+        path.write_text("\n".join(edited), encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            SamplesFile(path, HEADER, BATCHES)
+
+
+def test_read_samples_takes_texts_messages_and_numbers(tmp_path):
+    records = [
+        {"prompt": PROBLEMS[0].prompt, "completions": ["4", "5"], "engine": "x"},
+        {"prompt": PROBLEMS[1].prompt, "completion": "ho", "temperature": 0},
+        {"prompt": 0, "completion": "6", "entropy": 5.0},
+    ]
+    path = tmp_path / "samples.jsonl.gz"
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.write("\n\n".join(json.dumps(record) for record in records))
+    expected = [Sample(0, 1.0, 0, "4"), Sample(0, 1.0, 1, "5"), Sample(1, 0.0, 0, "ho"), Sample(0, 1.0, 2, "6")]
+    assert read_samples(path, PROBLEMS) == expected
+
+
+def test_read_samples_takes_a_file_of_our_own_with_its_entropies(tmp_path):
+    header = {**HEADER, "prompts": digest([problem.prompt for problem in PROBLEMS])}
+    file = SamplesFile(tmp_path / "samples.jsonl", header, BATCHES)
+    for batch in BATCHES:
+        file.append(draw(batch))
+    assert read_samples(file.path, PROBLEMS) == [sample for batch in BATCHES for sample in draw(batch)]
+    with pytest.raises(ValueError, match="line 1: these are samples of other prompts"):
+        read_samples(file.path, PROBLEMS[:2])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("nonsense", "line 2: Expecting value"),
+        ("[]", "line 2: "),
+        ('{"completion": "x"}', 'a line needs "prompt"'),
+        ('{"prompt": 0}', 'either "completion" or "completions"'),
+        ('{"prompt": 0, "completion": null}', "must be a string"),
+        ('{"prompt": 0, "completions": "abc"}', "a list of strings"),
+        ('{"prompt": 0, "completion": "x", "temperature": -1}', "temperature must be a number from 0 on, got -1"),
+        ('{"prompt": 0, "completion": "x", "temperature": NaN}', "temperature must be"),
+        ('{"prompt": 3, "completion": "x"}', "the prompt '3' is not in the file of 3 prompts"),
+        ('{"prompt": "other", "completion": "x"}', "the prompt 'other' is not in the file"),
+    ],
+)
+def test_read_samples_names_the_line(line, message, tmp_path):
+    (tmp_path / "samples.jsonl").write_text(f'{{"prompt": 0, "completion": ""}}\n{line}\n')
+    with pytest.raises(ValueError, match=message):
+        read_samples(tmp_path / "samples.jsonl", PROBLEMS)
+
+
+def test_read_samples_refuses_ambiguous_prompts_and_empty_files(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    path.write_text('{"prompt": "again", "completion": "x"}\n')
+    with pytest.raises(ValueError, match="2 times: name it by its number"):
+        read_samples(path, [*PROBLEMS, PROBLEMS[2]])
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="holds no sample"):
+        read_samples(path, PROBLEMS)
