@@ -2,20 +2,10 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -65,66 +55,6 @@ class AlphaSchedule(TrainerCallback):
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         progress = state.global_step / max(state.max_steps - 1, 1)
         self.loss_kwargs["alpha"] = alpha_at(self.schedule, self.start, self.end, progress)
-
-
-class EntropyProbe:
-    """Entropy of a policy on answers of its own: nats per token of the distributions that the tokens were sampled from.
-
-    Always of the same prompts and with the same random numbers, so that two probes differ by what the policy learnt in
-    between and by little else. Torch's own generator is left as it was.
-    """
-
-    def __init__(self, prompts: Sequence[list[int]], max_new_tokens: int, eos: list[int], pad: int, seed: int) -> None:
-        self.prompts, self.max_new_tokens, self.eos, self.pad, self.seed = prompts, max_new_tokens, eos, pad, seed
-
-    @torch.no_grad()
-    def __call__(self, model: PreTrainedModel, batch_size: int = 64) -> tuple[float, int]:
-        """(sum of nats, tokens)"""
-        generator: Any = model  # typed as a module, generate() is not callable
-        device, training = model.device, model.training
-        nats, tokens = 0.0, 0
-        model.eval()
-        try:
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                torch.manual_seed(self.seed)
-                for start in range(0, len(self.prompts), batch_size):
-                    ids, mask = self._left_padded(self.prompts[start : start + batch_size])
-                    seen = _SeenEntropy()
-                    output = generator.generate(
-                        input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=self.max_new_tokens,
-                        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=self.eos,
-                        pad_token_id=self.pad, logits_processor=LogitsProcessorList([seen]),
-                    )  # fmt: skip
-                    kept = up_to_the_end(output[:, ids.shape[1] :], self.eos)
-                    nats += (torch.stack(seen.steps, 1) * kept).sum().item()
-                    tokens += int(kept.sum())
-        finally:
-            model.train(training)
-        return nats, tokens
-
-    def _left_padded(self, prompts: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-        longest = max(map(len, prompts))
-        rows = [[self.pad] * (longest - len(ids)) + ids for ids in prompts]
-        mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
-        return torch.tensor(rows), torch.tensor(mask)
-
-
-class _SeenEntropy(LogitsProcessor):
-    """Changes nothing; keeps the entropy of every distribution, (B,) a step, instead of (B, V)."""
-
-    def __init__(self) -> None:
-        self.steps: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logp = scores.float().log_softmax(-1)
-        self.steps.append(-(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1))
-        return scores
-
-
-def up_to_the_end(tokens: Tensor, eos: list[int]) -> Tensor:
-    """1 for every token up to and including the first of `eos`, 0 after it."""
-    ended = torch.isin(tokens, torch.tensor(eos, device=tokens.device)).long()
-    return (ended.cumsum(1) - ended == 0).long()
 
 
 class EntropyControl(TrainerCallback):

@@ -21,10 +21,11 @@ from transformers.utils import logging
 
 from hdpo_kernels import HDPOLoss
 from hdpo_kernels.checks import check_gradient
-from hdpo_train.alpha import AlphaSchedule, EntropyControl, EntropyProbe, Target
+from hdpo_train.alpha import AlphaSchedule, EntropyControl, Target
 from hdpo_train.checkpoints import WholeCheckpoints, remove_leftovers
 from hdpo_train.config import HDPOConfig
 from hdpo_train.data import PairCollator, pair_tokens, tokenize_pairs
+from hdpo_train.generate import own_entropy
 from hdpo_train.head import attach_loss, bare, head_of, whole_shape
 from hdpo_train.output_dir import checkpoint_to_resume, claim_output_dir
 from hdpo_train.packing import find_layout
@@ -320,24 +321,22 @@ class HDPOTrainer(WholeCheckpoints):
                 "target_entropy lets the policy answer prompts while it is trained, which takes whole weights on every "
                 "GPU: use DDP, or leave it out under FSDP and DeepSpeed"
             )
-        tokenizer: Any = self.processing_class
-        ends = getattr(bare(self.model).generation_config, "eos_token_id", None)  # type: ignore[arg-type]
-        eos = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        every = max(len(data) // args.entropy_prompts, 1)  # type: ignore[arg-type]
         columns = data.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])  # type: ignore[union-attr]
         longest = max(len(row[side]) for row in columns for side in ("chosen_ids", "rejected_ids"))
-        prompts = columns.select(range(0, len(data), every))["prompt_ids"][rank : args.entropy_prompts : ranks]  # type: ignore[arg-type]
-        probe = EntropyProbe(prompts, longest, eos, _pad_token_id(tokenizer), args.seed + rank)
+        every = max(len(columns) // args.entropy_prompts, 1)
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        prompts = columns[::every]["prompt_ids"][rank : args.entropy_prompts : ranks]
+        tokenizer: Any = self.processing_class
 
-        def everywhere(model: Any) -> tuple[float, int]:
+        def probe(model: Any) -> tuple[float, int]:
+            """Of all ranks, each with prompts and random numbers of its own."""
             with self.compute_loss_context_manager():
-                nats, tokens = probe(model)
+                nats, tokens = own_entropy(model, tokenizer, prompts, longest, args.seed + rank)
             sums = self.accelerator.reduce(torch.tensor([nats, tokens], device=self.accelerator.device), "sum")
             return sums[0].item(), int(sums[1])
 
         return EntropyControl(
-            self.loss_kwargs, Target.parse(target), everywhere,
+            self.loss_kwargs, Target.parse(target), probe,
             bounds=(args.alpha_min, args.alpha_max), every=args.entropy_steps,
         )  # fmt: skip
 
