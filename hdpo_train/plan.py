@@ -246,10 +246,10 @@ def _time(model: nn.Module, args: HDPOConfig, batch: MicroBatch) -> float:
 
 
 def _prepare(model: Any, args: HDPOConfig, fake: bool = False) -> list[int]:
-    """As the trainer does it. fake: what would be offloaded takes no memory; its sizes in bytes come into the result."""
+    """As the trainer does it. fake: what would be offloaded takes no memory; the result gets its sizes in bytes."""
     offloaded: list[int] = []
     if args.gradient_checkpointing:
-        options = dict(args.gradient_checkpointing_kwargs or {})
+        options: dict[str, Any] = dict(args.gradient_checkpointing_kwargs or {})  # type: ignore[arg-type]
         layers, offload = options.pop("every_n_layers", 1), options.pop("offload", False)
         # its name from transformers 5.23 on
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
