@@ -61,7 +61,7 @@ class Plan(NamedTuple):
 
     batch: MicroBatch
     memory: Memory
-    seconds: float  # an optimizer step
+    seconds: list[float]  # an optimizer step: quartiles
 
 
 def make_plan(config: Any, args: HDPOConfig, build: Build | None = None) -> Plan:
@@ -113,8 +113,9 @@ def describe(plan: Plan, args: HDPOConfig) -> str:
     if device == "cuda":
         free, _ = torch.cuda.mem_get_info()
         lines += [f"  {'free now':12}{readable(free):>12}" + ("" if total < free else ": it does not fit")]
-    speed = 2 * pairs * (prompt + completion) / plan.seconds
-    lines += ["", f"  {plan.seconds:.3g} s a step, {speed:,.0f} tokens/s; by models of few layers"]
+    low, median, high = plan.seconds
+    speed = 2 * pairs * (prompt + completion) / median
+    lines += ["", f"  {median:.3g} s a step ({low:.3g} to {high:.3g}), {speed:,.0f} tokens/s; by models of few layers"]
     if device == "cpu":
         lines += [
             "",
@@ -210,13 +211,14 @@ def _add_workspace(model: nn.Module, args: HDPOConfig, batch: MicroBatch) -> lis
     return kept
 
 
-def step_seconds(config: Any, args: HDPOConfig, batch: MicroBatch, build: Build) -> float:
-    """Time of an optimizer step: that of a shallow model, and for every further layer what one adds to it."""
+def step_seconds(config: Any, args: HDPOConfig, batch: MicroBatch, build: Build) -> list[float]:
+    """Quartiles of an optimizer step's time: a shallow model's, and for every further layer what one adds to it."""
     depth = config.get_text_config().num_hidden_layers
     if depth <= _LAYERS[1]:
-        return _time(build(config), args, batch)
-    shallow, deeper = (_time(build(_with_layers(config, layers)), args, batch) for layers in _LAYERS)
-    return shallow + max(deeper - shallow, 0.0) * (depth - _LAYERS[0]) / (_LAYERS[1] - _LAYERS[0])
+        return _time([build(config)], args, batch)[0]
+    shallow, deeper = _time([build(_with_layers(config, layers)) for layers in _LAYERS], args, batch)
+    further = (depth - _LAYERS[0]) / (_LAYERS[1] - _LAYERS[0])
+    return [few + max(more - few, 0.0) * further for few, more in zip(shallow, deeper, strict=True)]
 
 
 def _with_layers(config: Any, layers: int) -> Any:
@@ -228,21 +230,23 @@ def _with_layers(config: Any, layers: int) -> Any:
     return config
 
 
-def _time(model: nn.Module, args: HDPOConfig, batch: MicroBatch) -> float:
-    model.to(args.device)
-    _prepare(model, args)
-    optimizer = _optimizer(model, args)
-    seconds: list[float] = []
-    while len(seconds) < 1 + _STEPS or sum(seconds[1:]) < _SECONDS:
-        start = time.perf_counter()
-        for _ in range(args.gradient_accumulation_steps):
-            _micro_batch(model, args, batch, args.device.type)
-        optimizer.step()
-        optimizer.zero_grad()
-        if args.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+def _time(models: list[Any], args: HDPOConfig, batch: MicroBatch) -> list[list[float]]:
+    """Quartiles of each model's step; the models take turns, so that a machine's mood is the same for all."""
+    for model in models:
+        _prepare(model.to(args.device), args)
+    optimizers = [_optimizer(model, args) for model in models]
+    seconds: list[list[float]] = [[] for _ in models]
+    while len(seconds[0]) < 1 + _STEPS or sum(sum(times[1:]) for times in seconds) < _SECONDS * len(models):
+        for model, optimizer, times in zip(models, optimizers, seconds, strict=True):
+            start = time.perf_counter()
+            for _ in range(args.gradient_accumulation_steps):
+                _micro_batch(model, args, batch, args.device.type)
+            optimizer.step()
+            optimizer.zero_grad()
+            if args.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+    return [statistics.quantiles(times[1:], n=4) for times in seconds]
 
 
 def _prepare(model: Any, args: HDPOConfig, fake: bool = False) -> list[int]:

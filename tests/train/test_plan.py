@@ -141,13 +141,14 @@ def test_fullest_keeps_within_the_budget(tmp_path):
 
 @pytest.mark.parametrize("layers", [2, 4, 7])
 def test_time_is_linear_in_the_layers(tmp_path, monkeypatch, layers):
-    monkeypatch.setattr(plan, "_time", lambda model, args, batch: 1.0 + 0.25 * model.config.num_hidden_layers)
-    config = copy.deepcopy(LLAMA)
+    def quartiles(models, args, batch):
+        return [[mood * (1.0 + 0.25 * model.config.num_hidden_layers) for mood in (1, 2, 3)] for model in models]
+
+    monkeypatch.setattr(plan, "_time", quartiles)
+    config, args = copy.deepcopy(LLAMA), arguments(tmp_path)
     config.num_hidden_layers = layers
-    args = arguments(tmp_path)
-    batch = plan.fullest(args, Layout())
-    seconds = plan.step_seconds(config, args, batch, plan.AutoModelForCausalLM.from_config)
-    assert seconds == pytest.approx(1.0 + layers * 0.25)
+    seconds = plan.step_seconds(config, args, plan.fullest(args, Layout()), plan.AutoModelForCausalLM.from_config)
+    assert seconds == pytest.approx([mood * (1.0 + layers * 0.25) for mood in (1, 2, 3)])
 
 
 def test_main_prints_a_plan_without_weights_or_data(tmp_path, capsys, monkeypatch):
