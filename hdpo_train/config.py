@@ -172,6 +172,12 @@ class HDPOConfig(TrainingArguments):
                 "use_liger_kernel replaces the model's forward, where the loss is computed; keep its other kernels by "
                 "liger_kernel_config={'fused_linear_cross_entropy': False, 'cross_entropy': False}"
             )
+        checkpointing = self.gradient_checkpointing_kwargs
+        if isinstance(checkpointing, dict) and checkpointing.get("offload"):
+            if not self.gradient_checkpointing:
+                raise ValueError("offload moves what checkpointed layers keep: set gradient_checkpointing too")
+            if self.device.type == "cpu":
+                raise ValueError("offload moves activations to the host, and on a CPU they are there: leave it out")
         if self.packing is False and self.shared_prompt:
             raise ValueError("shared_prompt=True lays prompt, chosen and rejected end to end; leave out packing=False")
         if self.max_tokens_per_batch is not None:

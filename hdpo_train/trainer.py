@@ -86,14 +86,14 @@ class HDPOTrainer(WholeCheckpoints):
         tokenizer = processing_class if processing_class is not None else load_tokenizer(name)
         policy: Any = load_model(model, args.model_init_kwargs) if isinstance(model, str) else model  # type: ignore[arg-type]
         if peft_config is not None:
-            policy = _add_adapter(policy, peft_config)
+            policy = add_adapter(policy, peft_config)
         reference: Any = policy if ref_model is None else ref_model
         models: list[Any] = [policy] if reference is policy else [policy, reference]
         vocab = min(whole_shape(head_of(bare(each)).weight)[0] for each in models)
         check_gradient(args.gradient, args.epsilon, vocab)
         if args.disable_dropout:
             for each in models:
-                _disable_dropout(each)
+                disable_dropout(each)
 
         def tokenize(dataset: Dataset, name: str) -> Dataset:
             dataset = tokenize_pairs(
@@ -376,7 +376,7 @@ def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _add_adapter(model: Any, peft_config: Any) -> Any:
+def add_adapter(model: Any, peft_config: Any) -> Any:
     import peft
 
     if isinstance(model, peft.PeftModel):
@@ -386,7 +386,7 @@ def _add_adapter(model: Any, peft_config: Any) -> Any:
     return peft.get_peft_model(model, peft_config)
 
 
-def _disable_dropout(model: nn.Module) -> None:
+def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
