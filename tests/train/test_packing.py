@@ -116,6 +116,7 @@ def test_long_sequences_get_a_row_each_and_no_mask_of_their_own():
     assert not {"position_ids", "segment_ids", "document_lengths"} & set(batch)
     assert "segment_ids" in PairCollator(0, layout)(make_examples(count=2))
 
+
 @pytest.mark.parametrize(
     "shape",
     [
