@@ -36,10 +36,15 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 
 class Parameters(TrainerCallback):
-    """The parameters after every step; raises if they differ between ranks."""
+    """The parameters after every step; raises if they differ between ranks. And what the first step would draw."""
 
     def __init__(self) -> None:
         self.steps: list[torch.Tensor] = []
+        self.drawn: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        with torch.random.fork_rng(devices=[]):
+            self.drawn = self.drawn or torch.rand(4).tolist()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
         assert model is not None
@@ -88,6 +93,8 @@ def ddp(folder: Path) -> None:
         trainer, steps = train(folder, case, ranks)
         if dist.get_rank() == 0:
             torch.save((steps, reference(trainer)), folder / case / "result.pt")
+        if case == "sampled":
+            check_random_numbers(trainer)
     refused: dict[str, dict[str, Any]] = {
         "different reference models": {"seed": dist.get_rank()},
         "even_batches": {"accelerator_config": {"even_batches": False}},
@@ -100,6 +107,18 @@ def ddp(folder: Path) -> None:
             assert words in str(error), error
         else:
             raise AssertionError(f"not refused: {options}")
+
+
+def check_random_numbers(trainer: HDPOTrainer) -> None:
+    """Ranks draw different ones, and still agree on the order of the pairs if they train again."""
+    epoch = [row["prompt_ids"] for batch in trainer.get_train_dataloader() for row in batch["examples"].rows]
+    (parameters,) = (call for call in trainer.callback_handler.callbacks if isinstance(call, Parameters))
+    drawn, epochs = ([None] * dist.get_world_size() for _ in range(2))
+    dist.all_gather_object(drawn, parameters.drawn)
+    dist.all_gather_object(epochs, epoch)
+    assert len({number for numbers in drawn for number in numbers}) == 4 * len(drawn), drawn
+    pairs = [tuple(prompt_ids) for rank in epochs for prompt_ids in rank]
+    assert len(set(pairs)) == len(pairs) == len(trainer.train_dataset), "ranks have the same pairs"
 
 
 def reference(trainer: HDPOTrainer) -> torch.Tensor:
