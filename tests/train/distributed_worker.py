@@ -11,6 +11,7 @@ import yaml
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState, PartialState
 from datasets import Dataset
+from peft import LoraConfig
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -19,7 +20,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from hdpo_train import HDPOConfig, HDPOTrainer
 from hdpo_train.__main__ import main
 from hdpo_train.data import PairCollator, tokenize_pairs
-from hdpo_train.head import attach_loss
+from hdpo_train.head import attach_loss, bare
 from hdpo_train.reference import model_inputs
 from tests.train.tiny import make_model, make_records
 
@@ -31,6 +32,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "a rank without pairs": (13, 2, {"num_train_epochs": 2, "eval_strategy": "epoch"}),  # 4 + 4, 4 + 1
     "fewer pairs than ranks": (3, 1, {"num_train_epochs": 2}),
     "drop_last": (13, 1, {"num_train_epochs": 1, "dataloader_drop_last": True}),
+    "adapter": (16, 1, {"num_train_epochs": 2}),
     "sampled": (16, 1, {"num_train_epochs": 2, "gradient": "sampled", "epsilon": 2**-4}),
 }
 
@@ -76,6 +78,7 @@ def make_trainer(folder: Path, case: str, ranks: int, seed: int = 0, **options: 
         make_model(seed=seed), args=args, callbacks=[Parameters()],
         train_dataset=Dataset.from_list(make_records(pairs)), eval_dataset=Dataset.from_list(make_records(7, seed=1)),
         processing_class=AutoTokenizer.from_pretrained(folder.parent / "tokenizer"),
+        peft_config=LoraConfig(r=4, target_modules="all-linear") if case == "adapter" else None,
     )  # fmt: skip
 
 
@@ -144,15 +147,17 @@ def allow_fsdp_on_cpu() -> None:
 
 
 def fsdp(folder: Path) -> None:
-    """The trainer under accelerate's FSDP2 with the options of the shipped config, in fp32 and in bf16."""
+    """The trainer under accelerate's FSDP2 with the options of the shipped config: in fp32, in bf16, an adapter."""
     allow_fsdp_on_cpu()
     options = yaml.safe_load((Path(__file__).parents[2] / "configs" / "fsdp2.yaml").read_text())["fsdp_config"]
     os.environ.update({key.upper(): str(value) for key, value in options.items()}, ACCELERATE_USE_FSDP="true")
     ranks = int(os.environ["WORLD_SIZE"])
-    for case, name, options in (("odd last batch", "fp32", {}), ("even", "bf16", {"bf16": True})):
+    runs = (("odd last batch", "fp32", {}), ("even", "bf16", {"bf16": True}), ("adapter", "adapter", {}))
+    for case, name, options in runs:
         AcceleratorState._reset_state()
         trainer, steps = train(folder, case, ranks, **options)
-        assert isinstance(trainer.model, FSDPModule) and isinstance(trainer.model.model.layers[0], FSDPModule)
+        assert trainer.layout.packed and trainer.layout.share == "where it pays"
+        assert isinstance(trainer.model, FSDPModule) and isinstance(bare(trainer.model).model.layers[0], FSDPModule)
         trainer.save_model(str(folder / name))
         if dist.get_rank() == 0:
             torch.save((steps, reference(trainer)), folder / f"{name}.pt")
