@@ -76,6 +76,8 @@ class WholeCheckpoints(Trainer):
             return
         folder = Path(output_dir or str(self.args.output_dir))
         partial = folder / PARTIAL_DIR / _MODEL
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
         super()._save(str(partial), state_dict)
         if self.args.should_save:
             move_in(partial, folder)
