@@ -29,7 +29,15 @@ from hdpo_train.generate import own_entropy
 from hdpo_train.head import attach_loss, bare, head_of, whole_shape
 from hdpo_train.output_dir import checkpoint_to_resume, claim_output_dir
 from hdpo_train.packing import find_layout
-from hdpo_train.ranks import check_dataloading, gathered, keep_output_dtype, own_pairs, shards, weights
+from hdpo_train.ranks import (
+    OwnRandomNumbers,
+    check_dataloading,
+    gathered,
+    keep_output_dtype,
+    own_pairs,
+    shards,
+    weights,
+)
 from hdpo_train.reference import COLUMNS, model_inputs, with_reference
 from hdpo_train.report import RunReport, mean_loss
 from hdpo_train.sampler import TokenBudgetSampler
@@ -125,6 +133,8 @@ class HDPOTrainer(WholeCheckpoints):
             )
         check_dataloading(self.accelerator)
         keep_output_dtype(self.accelerator)
+        if args.gradient == "sampled" and self.accelerator.num_processes > 1:
+            self.add_callback(OwnRandomNumbers(self.accelerator, args.seed))
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch's pairs, and
         self.loss_is_scaled_for_ga = False  # Trainer divides it by the number of accumulation steps
         self._sums: dict[str, list[Tensor]] = defaultdict(list)  # per mode: one vector per batch, see _SUMS
