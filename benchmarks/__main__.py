@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import accuracy, forward, loss, memory, plots, report, sampled, train_step
+from benchmarks import accuracy, forward, longest, loss, memory, plots, report, sampled, train_step
 from benchmarks.contestants import CONTESTANTS, Contestant
 from benchmarks.harness import attempt, start_afresh
 from benchmarks.table import RESULTS, Table, device_name, read
@@ -23,6 +23,7 @@ QUESTIONS = {
     "memory": memory,
     "accuracy": accuracy,
     "train_step": train_step,
+    "longest": longest,
     "sampled": sampled,
 }
 

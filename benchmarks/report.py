@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import plots, sampled
+from benchmarks import longest, plots, sampled
 from benchmarks.contest import OUR_RATIO
 from benchmarks.contestants import CONTESTANTS, NAIVE, OURS, rank
 from benchmarks.table import RESULTS, Row, natural, read
@@ -29,7 +29,13 @@ PIVOTS = (
     Pivot("forward", "Forward only: our time, and its ratio to that of", (OUR_RATIO, "time")),
     Pivot("memory", "One pair, forward + backward: peak memory above inputs and gradients", ("peak memory",)),
     Pivot("accuracy", "Log-prob of a sequence: largest error against fp64", ("log-prob of a sequence",)),
-    Pivot("train_step", "One optimizer step, end to end: our time, and its ratio to that of", (OUR_RATIO, "time")),
+    Pivot("train_step", "One optimizer step, end to end: our speed, and our time over that of", (OUR_RATIO, "speed")),
+    Pivot("train_step", "The same: peak memory above model and data", ("peak memory",)),
+    Pivot(
+        "longest",
+        "Longest sequences of a pair of which one step fits: ours, and how many times those of",
+        (longest.OUR_RATIO, "longest sequence"),
+    ),
 )
 
 

@@ -16,7 +16,7 @@ from benchmarks.harness import attempt, peak_bytes, quartiles, ratio, start_afre
 from benchmarks.table import Table, installed
 
 OURS, TRL = "hdpo_train", "trl"
-WARM_UP, STEPS = 2, 6  # optimizer steps of a run
+WARM_UP, STEPS = 2, 6  # optimizer steps of a run: not timed, timed
 
 
 class Setup(NamedTuple):
@@ -33,6 +33,8 @@ class Setup(NamedTuple):
     tokens: int  # in a sequence, on average
     prompt: float = 0.5  # share of a sequence
     ragged: bool = False  # lengths between 0.4 and 1.6 times the average; otherwise all the same
+    checkpointing: bool = False  # of activations
+    steps: int = WARM_UP + STEPS  # optimizer steps of a run
 
     @property
     def lengths(self) -> list[tuple[int, int, int]]:
@@ -43,13 +45,13 @@ class Setup(NamedTuple):
         def draw(mean: int) -> int:
             return round(mean * rng.uniform(0.4, 1.6)) if self.ragged else mean
 
-        pairs = range(self.pairs * (WARM_UP + STEPS))
+        pairs = range(self.pairs * self.steps)
         return [(draw(prompt), draw(self.tokens - prompt), draw(self.tokens - prompt)) for _ in pairs]
 
     @property
     def batch_tokens(self) -> float:
         """Of an average batch, prompts counted twice, as the loss is defined."""
-        return sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in self.lengths) / (WARM_UP + STEPS)
+        return sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in self.lengths) / self.steps
 
 
 def shapes(device: str, quick: bool) -> list[Setup]:
@@ -84,9 +86,9 @@ def measure(table: Table, setup: Setup, contestants: Sequence[Contestant], round
             continue
         result, status = None, "" if name == OURS or installed(name) else "not installed"
         if not status:
-            result, status = attempt(partial(_train, name, setup, table.device))
-        if result is not None and abs(result.first_loss - math.log(2)) > 0.01:
-            status = f"wrong: the loss starts at {result.first_loss:.4g}, not at log 2"
+            result, status = attempt(partial(train, name, setup, table.device))
+        if result is not None:
+            status = result.wrong
         if result is None or status:
             del seconds[name]
             table.add_status("train_step", setup.name, name, status, packages.get(name, ""))
@@ -107,10 +109,17 @@ def measure(table: Table, setup: Setup, contestants: Sequence[Contestant], round
 class Run(NamedTuple):
     seconds: list[float]  # of each step after the warm-up, from its predecessor's end to its own
     peak_mib: float  # above model and data
-    first_loss: float  # policy and reference being the same, log 2
+    first_loss: float
+
+    @property
+    def wrong(self) -> str:
+        """In a few words, if it is: the loss starts at log 2, policy and reference being the same."""
+        wrong = abs(self.first_loss - math.log(2)) > 0.01
+        return f"wrong: the loss starts at {self.first_loss:.4g}, not at log 2" if wrong else ""
 
 
-def _train(name: str, setup: Setup, device: str) -> Run:
+def train(name: str, setup: Setup, device: str) -> Run:
+    """A run of the trainer of this name."""
     from transformers import PrinterCallback, TrainerCallback
 
     class Stopwatch(TrainerCallback):
@@ -146,9 +155,10 @@ def _trainer(name: str, setup: Setup, device: str, folder: Path) -> Any:
         bos_token_id=None, eos_token_id=setup.vocab - 2, pad_token_id=setup.vocab - 1,
     )  # fmt: skip
     options: dict[str, Any] = dict(
-        output_dir=str(folder / "run"), per_device_train_batch_size=setup.pairs, max_steps=WARM_UP + STEPS,
-        beta=0.1, max_length=None, use_cpu=device == "cpu", bf16=device == "cuda", gradient_checkpointing=False,
-        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, seed=0,
+        output_dir=str(folder / "run"), per_device_train_batch_size=setup.pairs, max_steps=setup.steps,
+        beta=0.1, max_length=None, use_cpu=device == "cpu", bf16=device == "cuda",
+        gradient_checkpointing=setup.checkpointing, logging_steps=1, save_strategy="no",
+        report_to="none", disable_tqdm=True, seed=0,
     )  # fmt: skip
     given: dict[str, Any] = dict(
         model=LlamaForCausalLM(config),

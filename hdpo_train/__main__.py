@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, set
 from hdpo_train.config import HDPOConfig, ScriptArguments
 from hdpo_train.data import load_records
 from hdpo_train.report import METRICS_FILE, REPORT_FILE
-from hdpo_train.trainer import HDPOTrainer, load_model, load_tokenizer
+from hdpo_train.trainer import HDPOTrainer, add_adapter, load_model, load_tokenizer
 
 _EXAMPLES = """\
 Trains a causal language model on preference pairs with H-DPO: DPO with control over entropy by one number, alpha.
@@ -99,6 +99,8 @@ def train(script: ScriptArguments, args: HDPOConfig) -> HDPOTrainer:
     trainer.save_model()
     if trainer.is_world_process_zero():
         folder = Path(str(args.output_dir))
+        if trainer.entropy_control is not None:
+            print(trainer.entropy_control.describe())
         print(f"model: {folder}   metrics: {folder / METRICS_FILE}   plots: {folder / REPORT_FILE}")
     return trainer
 
@@ -141,8 +143,6 @@ def plan(script: ScriptArguments, args: HDPOConfig) -> None:
 
     if script.model_name_or_path is None:
         raise ValueError("a plan needs --model_name_or_path; of the model only its config is read")
-    if script.use_peft:
-        raise ValueError("plan does not know adapters yet: without --use_peft it is an upper bound")
     config = AutoConfig.from_pretrained(script.model_name_or_path, trust_remote_code=script.trust_remote_code)
     dtype = getattr(torch, script.dtype) if script.dtype != "auto" else getattr(config, "dtype", None)
     options: dict[str, Any] = {"dtype": dtype or torch.float32}
@@ -150,7 +150,8 @@ def plan(script: ScriptArguments, args: HDPOConfig) -> None:
         options["attn_implementation"] = script.attn_implementation
 
     def build(config: Any) -> Any:
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=script.trust_remote_code, **options)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=script.trust_remote_code, **options)
+        return add_adapter(model, _lora(script)) if script.use_peft else model
 
     print(describe(make_plan(config, args, build), args))
 

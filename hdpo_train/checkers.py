@@ -11,6 +11,7 @@ unit_tests              tests of the record (HumanEval's columns), run in hdpo_t
 
 import importlib
 import importlib.util
+import math
 import re
 import reprlib
 import sys
@@ -98,7 +99,8 @@ _NUMBER_MARKER = re.compile(rf"{_ANSWER}|(?<!\w)A:")
 _CALCULATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator annotations: 48/2 = <<48/2=24>>24
 _NUMBER = re.compile(
     r"(?P<sign>(?<![\w.)%])-)?(?:[$€£¥]\s?(?P<inner>-)?)?"
-    r"(?P<value>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)(?:/(?P<divisor>\d+))?",
+    r"(?P<value>(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\d.])\.\d+)(?:[eE][+-]?\d{1,2}\b)?)"
+    r"(?:/(?P<divisor>\d+))?",
     re.ASCII,
 )
 
@@ -108,7 +110,7 @@ def final_number(text: str) -> Fraction | None:
 
     Markers are `####`, `A:`, `Answer:` and `answer is`; after a marker without a number there is no answer (None), and
     "A: 12 apples cost $24" answers 12. Read are 1,234 and $12.50, -3 with either minus sign and on either side of the
-    dollar, .5, 3/4, and 50% as 50. Units and words such as "million" are not read, nor is what GSM8K writes in <<>>.
+    dollar, .5, 1e3, 3/4, and 50% as 50. Not read are units, words such as "million", and what GSM8K writes in <<>>.
     """
     text = _CALCULATION.sub("", text.replace("−", "-"))
     marker = _last(_NUMBER_MARKER, text)
@@ -165,8 +167,11 @@ def _named(problem: Problem) -> str:
 
 def _true_number(problem: Problem, column: str) -> Fraction:
     answer = _field(problem, column)
-    usable = isinstance(answer, str | int | float) and not isinstance(answer, bool)
-    number = final_number(str(answer)) if usable else None
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        return Fraction(answer)
+    if isinstance(answer, float) and math.isfinite(answer):
+        return Fraction(str(answer))  # as it is written: 0.1 is a tenth
+    number = final_number(answer) if isinstance(answer, str) else None
     if number is None:
         raise ValueError(f"{_named(problem)}: no number in its {column!r}, {reprlib.repr(answer)}")
     return number
@@ -242,7 +247,7 @@ def _import_file(path: Path) -> ModuleType:
 # --- unit tests -------------------------------------------------------------------------------------------------------
 
 _FENCE = re.compile(r"^[ \t]*```(?:python|py)[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE | re.IGNORECASE)
-_NEXT = re.compile(r"\n(?=class|def|#|if|print)")  # where HumanEval's authors stop a completion: arXiv 2107.03374, 2.2
+_NEXT = re.compile(r"\n(?=class|def|#|if|print)")  # where HumanEval's authors stop a completion: arXiv 2107.03374
 
 
 def unit_test_program(problem: Problem, completion: str) -> str:

@@ -1,8 +1,10 @@
-"""Checkpoints that are whole or not there: written in a folder of their own, named when complete.
+"""Checkpoints, and the model at the end, that are whole or not there: written in a folder of their own, named when
+complete.
 
 transformers writes a checkpoint where it stays. Here it writes into `_partial/checkpoint-N`; when every rank is done
 and the disk has it, the folder is renamed to `checkpoint-N`: one step, for whoever looks and for `kill -9`. Only then
-are old ones deleted.
+are old ones deleted. A model is saved into a folder that may hold an older one: its files are moved there when all are
+written.
 """
 
 import errno
@@ -23,7 +25,9 @@ from hdpo_train.output_dir import look_for_checkpoints, step_of
 
 logger = logging.get_logger(__name__)
 PARTIAL_DIR = "_partial"  # with an underscore: Trainer.push_to_hub leaves it out
+_MODEL = "model"  # in it: the files of a model that is being saved
 _REPLACED = "replaced"  # in it: a folder whose name is being given to a new one
+_INDEX = ".safetensors.index.json"
 
 
 class WholeCheckpoints(Trainer):
@@ -62,8 +66,21 @@ class WholeCheckpoints(Trainer):
         if _internal_call:
             super().save_model(output_dir, _internal_call)
             return
-        with self._explained("the model", output_dir or str(self.args.output_dir)):
+        folder = output_dir or str(self.args.output_dir)
+        with self._explained("the model", folder, Path(folder) / PARTIAL_DIR / _MODEL):
             super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self._writing:
+            super()._save(output_dir, state_dict)
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        partial = folder / PARTIAL_DIR / _MODEL
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
+        super()._save(str(partial), state_dict)
+        if self.args.should_save:
+            move_in(partial, folder)
 
     def _name_best(self, run_dir: str, partial: Path) -> None:
         """In the state, and in trainer_state.json: the best checkpoint by the name it is going to have."""
@@ -111,6 +128,31 @@ def put_in_place(partial: Path, final: Path) -> None:
         os.rename(final, replaced)
     os.rename(partial, final)
     _sync(final.parent)
+    shutil.rmtree(partial.parent, ignore_errors=True)
+
+
+def move_in(partial: Path, folder: Path) -> None:
+    """Move a complete model's files to where an older one may be: at no moment does a mixture of both load.
+
+    Weights come last, and after them their index, without which shards are no model.
+    """
+    _to_disk(partial)
+    new = sorted(partial.iterdir(), key=lambda path: (path.name.endswith(_INDEX), ".safetensors" in path.name))
+    names = {path.name for path in new}
+    whole_model = any(name.startswith("model") for name in names)  # an adapter may lie beside one
+    if whole_model:
+        (folder / f"model{_INDEX}").unlink(missing_ok=True)
+    for path in new:
+        final = folder / path.name
+        if path.name == "README.md" and final.exists():  # peft writes one: what someone has made of it stays
+            continue
+        if final.is_dir():
+            shutil.rmtree(final)
+        os.replace(path, final)
+    for path in folder.glob("model*.safetensors") if whole_model else ():
+        if path.name not in names:
+            path.unlink()
+    _sync(folder)
     shutil.rmtree(partial.parent, ignore_errors=True)
 
 

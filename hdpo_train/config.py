@@ -1,5 +1,7 @@
 """What a run can be told: HDPOConfig for the trainer, ScriptArguments for what only the command line needs."""
 
+import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -8,6 +10,7 @@ from transformers import TrainingArguments
 
 from hdpo_kernels.checks import GRADIENTS, check_gradient
 from hdpo_kernels.pair import LOSS_TYPES, PairOptions
+from hdpo_train.alpha import SCHEDULES, Target
 
 
 @dataclass
@@ -38,6 +41,27 @@ class HDPOConfig(TrainingArguments):
     alpha: float = field(
         default=1.0,
         metadata={"help": "Weight of the policy's log-probs. < 1 sharpens (less entropy), 1 is DPO, > 1 diversifies."},
+    )
+    alpha_schedule: str = field(
+        default="constant",
+        metadata={"help": "alpha over the steps: constant, or linear or cosine to alpha_final.", "choices": SCHEDULES},
+    )
+    alpha_final: float | None = field(default=None, metadata={"help": "alpha of the last step, with a schedule."})
+    target_entropy: str | None = field(
+        default=None,
+        metadata={
+            "help": "Steer alpha so that the entropy of the policy's own answers reaches this: a share of what it is "
+            "before training ('0.9', '90%%') or nats per token ('0.65 nats'). alpha is then where steering starts."
+        },
+    )
+    alpha_min: float = field(default=0.5, metadata={"help": "Lowest alpha that target_entropy may set."})
+    alpha_max: float = field(default=2.0, metadata={"help": "Highest alpha that target_entropy may set."})
+    entropy_steps: int = field(
+        default=10, metadata={"help": "With target_entropy: measure, and set alpha, every so many optimizer steps."}
+    )
+    entropy_prompts: int = field(
+        default=128,
+        metadata={"help": "With target_entropy: training prompts that the policy answers to be measured, once each."},
     )
     beta: float = field(default=0.1, metadata={"help": "Pull to the reference: higher stays closer."})
     loss_type: str = field(
@@ -136,6 +160,7 @@ class HDPOConfig(TrainingArguments):
             self.bf16 = cuda and not self.fp16 and torch.cuda.is_bf16_supported()
         super().__post_init__()
         self.pair_options  # noqa: B018 - raises for values out of range
+        self._check_alpha()
         check_gradient(self.gradient, self.epsilon)
         if self.on_bad_record not in ("stop", "drop"):
             raise ValueError(f"on_bad_record must be 'stop' or 'drop', got {self.on_bad_record!r}")
@@ -147,6 +172,12 @@ class HDPOConfig(TrainingArguments):
                 "use_liger_kernel replaces the model's forward, where the loss is computed; keep its other kernels by "
                 "liger_kernel_config={'fused_linear_cross_entropy': False, 'cross_entropy': False}"
             )
+        checkpointing = self.gradient_checkpointing_kwargs
+        if isinstance(checkpointing, dict) and checkpointing.get("offload"):
+            if not self.gradient_checkpointing:
+                raise ValueError("offload moves what checkpointed layers keep: set gradient_checkpointing too")
+            if self.device.type == "cpu":
+                raise ValueError("offload moves activations to the host, and on a CPU they are there: leave it out")
         if self.packing is False and self.shared_prompt:
             raise ValueError("shared_prompt=True lays prompt, chosen and rejected end to end; leave out packing=False")
         if self.max_tokens_per_batch is not None:
@@ -162,6 +193,30 @@ class HDPOConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive or None, got {value}")
+
+    def _check_alpha(self) -> None:
+        if self.alpha_schedule not in SCHEDULES:
+            raise ValueError(f"alpha_schedule must be one of {', '.join(SCHEDULES)}; got {self.alpha_schedule!r}")
+        if (self.alpha_schedule == "constant") != (self.alpha_final is None):
+            raise ValueError(
+                f"alpha_final is where a linear or cosine alpha_schedule ends, got alpha_schedule="
+                f"{self.alpha_schedule!r} and alpha_final={self.alpha_final}"
+            )
+        if self.alpha_final is not None:
+            dataclasses.replace(self.pair_options, alpha=self.alpha_final)  # raises for a value out of range
+        if self.target_entropy is None:
+            return
+        Target.parse(self.target_entropy)
+        if self.alpha_schedule != "constant":
+            raise ValueError("target_entropy sets alpha itself: leave out alpha_schedule and alpha_final")
+        if not 0 < self.alpha_min <= self.alpha <= self.alpha_max < math.inf:
+            raise ValueError(
+                f"0 < alpha_min <= alpha <= alpha_max is needed with target_entropy, got {self.alpha_min}, "
+                f"{self.alpha} and {self.alpha_max}"
+            )
+        for name in ("entropy_steps", "entropy_prompts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
     @property
     def pair_options(self) -> PairOptions:

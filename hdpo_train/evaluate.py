@@ -6,11 +6,14 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from hdpo_train.checkers import Checker, Problem
 from hdpo_train.generate import Sampler, SamplingOptions, weights_fingerprint
 from hdpo_train.samples import Sample
 from hdpo_train.scores import Evaluation, Scores, score, sentence_bleu
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,9 @@ def grade(
                 f"{name}: prompt {groups.index(fewest) + 1} has {len(fewest)} samples at temperature {temperature:g}, "
                 f"prompt {groups.index(most) + 1} has {len(most)}; every prompt needs as many"
             )
+    if cut := sum(sample.ended is False for sample in samples):
+        share = cut / len(samples)
+        logger.warning(f"{name}: {cut} completions ({share:.1%}) did not end within max_new_tokens; judged as they are")
     scores: dict[float, Scores] = {}
     with tqdm(total=len(samples), desc=f"Judging, {name}", unit="sample", leave=False) as progress:
         for temperature, groups in by_temperature.items():

@@ -110,7 +110,11 @@ class Sampler:
         progress = tqdm(
             total=len(self._batches), initial=self._num_drawn, desc=f"Sampling, {self.name}", unit="batch", leave=False
         )
-        with progress, _in_eval_mode(model), _own_distribution(model, self.tokenizer, self.options) as ends:
+        with (
+            progress,
+            _in_eval_mode(model),
+            _own_distribution(model, self.tokenizer, self.options.max_new_tokens) as ends,
+        ):
             for number in range(self._num_drawn, len(self._batches)):
                 samples = self._draw(model, self._batches[number], number, ends, transform)
                 if self._file is not None:
@@ -125,17 +129,9 @@ class Sampler:
         self, model: PreTrainedModel, batch: list[Request], number: int, ends: set[int], transform: HeadTransform | None
     ) -> list[Sample]:
         temperature = batch[0].temperature
-        choice: dict[str, Any] = {"do_sample": temperature > 0}
-        if temperature > 0:
-            choice |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
         prompts = [self._prompt_ids[request.prompt] for request in batch]
-        width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-        generator: Any = bare(model)
         torch.manual_seed(_seed(self.options.seed, temperature, number))
-        output = generator.generate(input_ids=ids, attention_mask=mask, **choice)
-        completions = [_up_to_the_end(row, ends) for row in output[:, width:].tolist()]
+        completions = _complete(model, prompts, temperature, ends)
         nats: list[float | None] = [None] * len(batch)
         if transform is not None:
             nats = [*entropies(model, transform, prompts, completions, temperature or 1.0)]
@@ -157,6 +153,26 @@ def answers(
     for sample in samples:
         texts[sample.prompt].append(sample.completion)
     return texts
+
+
+@torch.no_grad()
+def own_entropy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[list[int]], max_new_tokens: int,
+    seed: int, batch_size: int = 64,
+) -> tuple[float, int]:  # fmt: skip
+    """Sum of nats, and tokens, of one answer to each prompt, drawn from the model's own distribution.
+
+    The random numbers are always those of the seed; torch's own generator is left as it was.
+    """
+    transform, nats, tokens = find_transform(bare(model)), 0.0, 0
+    with _in_eval_mode(model), _own_distribution(model, tokenizer, max_new_tokens) as ends:
+        torch.manual_seed(seed)
+        for start in range(0, len(prompt_ids), batch_size):
+            prompts = prompt_ids[start : start + batch_size]
+            completions = _complete(model, prompts, 1.0, ends)
+            nats += sum(entropies(model, transform, prompts, completions, 1.0))
+            tokens += sum(map(len, completions))
+    return nats, tokens
 
 
 def encode(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -192,7 +208,7 @@ def entropies(
     """Of every completion, the sum over its tokens of the entropy, nats, of the distribution they were drawn from.
 
     softmax(logits / T), exact, from one forward of the backbone and without logits: with softcap c and scale s,
-    logits / T = c / T · tanh(s / T · x / (c / T)).
+    logits / T = c / T · tanh(s / T · x / (c / T)). Logits are fp32, where a bf16 model's generate rounds them first.
     """
     inner, head = bare(model), head_of(bare(model))
     # padded on the right: positions count from each prompt's start, whatever the model makes of them
@@ -242,6 +258,21 @@ def files_fingerprint(model_name_or_path: str) -> str:
     return sha.hexdigest()[:16]
 
 
+def _complete(
+    model: PreTrainedModel, prompts: Sequence[list[int]], temperature: float, ends: set[int]
+) -> list[list[int]]:
+    """A completion of each prompt, up to its end."""
+    choice: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        choice |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    generator: Any = bare(model)
+    output = generator.generate(input_ids=ids, attention_mask=mask, **choice)
+    return [_up_to_the_end(row, ends) for row in output[:, width:].tolist()]
+
+
 def _batches(num_prompts: int, options: SamplingOptions) -> list[list[Request]]:
     """Samples of one temperature each; those of a prompt together, so that little is padded."""
     batches = []
@@ -276,7 +307,7 @@ def _transform_or_warn(model: PreTrainedModel) -> HeadTransform | None:
 
 @contextmanager
 def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout, and with torch's random state as it was afterwards."""
+    """Without dropout; mode and torch's random state are restored."""
     training = model.training
     model.eval()
     try:
@@ -288,17 +319,19 @@ def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _own_distribution(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: SamplingOptions
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
 ) -> Iterator[set[int]]:
-    """Set aside what the model's generation config says: top-k, penalties … would be taken from it where a call is
-    silent. Gives the tokens that end a text: those of that config, and the tokenizer's."""
+    """Set the model's generation config aside: what a call leaves out, such as penalties, would be taken from it.
+
+    Gives the tokens that end a text: those of that config, and the tokenizer's.
+    """
     inner: Any = bare(model)
     original = inner.generation_config
     ends = getattr(original, "eos_token_id", None)
     tokens = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(tokens, default=0)
     inner.generation_config = GenerationConfig(
-        max_new_tokens=options.max_new_tokens, pad_token_id=pad, eos_token_id=sorted(tokens) or None
+        max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=sorted(tokens) or None
     )
     try:
         yield tokens

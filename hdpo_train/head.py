@@ -50,7 +50,8 @@ def attach_loss(model: PreTrainedModel, loss_kwargs: dict[str, Any], transform: 
     """Teach `model(input_ids=…, attention_mask=… or places=…, pairs=…)` to return an HDPOLoss; without pairs as before.
 
     `model` is the bare transformers model (inside any peft wrapper), before it is wrapped for distributed training.
-    loss_kwargs: keywords of `linear_hdpo_loss`. transform: what comes after the head, if it need not be found out.
+    loss_kwargs: keywords of `linear_hdpo_loss`, read at every call. transform: what comes after the head, if it need
+    not be found out.
     Raises UnsupportedHead, with the model's name and the reason, if its head cannot be represented.
     """
     transform = transform or find_transform(model)
@@ -68,6 +69,7 @@ def attach_loss(model: PreTrainedModel, loss_kwargs: dict[str, Any], transform: 
         scored = hidden.flatten(0, 1).index_select(0, pairs.rows.to(hidden.device))  # (N, H)
         return head_of(self)(scored, pairs)
 
+    @torch.compiler.disable  # alpha may change with every step, and a float is a constant of a compiled graph
     def head_forward(self: nn.Linear, hidden: Tensor, pairs: PairBatch | None = None) -> Any:
         if pairs is None:
             return type(self).forward(self, hidden)

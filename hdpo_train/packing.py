@@ -9,7 +9,8 @@ and in segment 3d. Sliding windows count positions within the sequence, not plac
 
 An attention kernel that skips what is masked (FlexAttention, FlashAttention's varlen) gets one row and no padding
 anywhere. One that computes what is masked (sdpa, eager) pays for a row of R tokens with R² products: there the
-documents are dealt to the number of rows that costs least, and only the ends of these rows are padding.
+documents are dealt to the number of rows that costs least, and only the ends of these rows are padding. Where every row
+is one sequence, as with long ones, the batch is a padded one: it needs no mask of R² entries.
 """
 
 import heapq
@@ -148,7 +149,7 @@ def lay_out(pairs: list[tuple[Any, Any, Any]], layout: Layout, pad_token_id: int
         "cu_seqlens": [0, *accumulate(map(len, completions))],
         "num_tokens": sum(2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in pairs),
     }
-    if layout.packed:
+    if len(rows) < len(documents) or any(len(document) > 2 for document in documents):
         lengths = [lengths[d] for row in rows for d in row]
         return {**batch, "position_ids": position_ids, "segment_ids": segment_ids, "document_lengths": lengths}
     return {**batch, "attention_mask": (segment_ids != _PADDING).long()}

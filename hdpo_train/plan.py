@@ -2,11 +2,12 @@
 
 Memory: an optimizer step is run without memory or computation (FakeTensorMode) on tensors of the real sizes, and a
 tracker adds up what is alive. Time: the same model with one layer and with four is really run on the device; time is
-linear in their number. Of the model only the config is read. Every sequence is taken to have max_length tokens.
+linear in their number. Of the model only the config is read. Micro-batches are taken to be as large as the options
+allow (see `fullest`).
 """
 
 import copy
-import itertools
+import functools
 import statistics
 import time
 import warnings
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AutoModelForCausalLM, Trainer
 
@@ -24,45 +26,96 @@ from hdpo_kernels.lm_head import buffers_for
 from hdpo_kernels.rows.torch import BLOCK_BYTES
 from hdpo_train.checkpoints import readable
 from hdpo_train.config import HDPOConfig
-from hdpo_train.head import HeadTransform, PairBatch, attach_loss, bare, head_of
+from hdpo_train.head import HeadTransform, attach_loss, bare, head_of
+from hdpo_train.packing import Layout, find_layout, lay_out
+from hdpo_train.reference import model_inputs
+from hdpo_train.trainer import disable_dropout
 
-_KINDS = {"weights": "Parameter", "gradients": "Gradient", "optimizer": "Optstate", "activations": "Activation"}
+_KINDS = {
+    "weights": ("Parameter", "Buffer"), "gradients": ("Gradient",), "optimizer": ("Optstate",),
+    "activations": ("Activation",),
+}  # fmt: skip
 _LAYERS = (1, 4)  # of the models that are timed
 _SECONDS, _STEPS = 2.0, 5  # a model is timed for so long, and so often at least, after one step that is not
 Build = Callable[[Any], nn.Module]  # from a config
 
 
+class MicroBatch(NamedTuple):
+    """Pairs of the same lengths, in tokens."""
+
+    layout: Layout
+    pairs: int
+    prompt: int
+    completion: int  # of chosen, and of rejected
+
+
+class Memory(NamedTuple):
+    """Bytes alive at the peak of an optimizer step."""
+
+    device: dict[str, int]  # weights, gradients, optimizer, activations, other; head: what it adds to the peak
+    host: int  # activations that are offloaded
+
+
 class Plan(NamedTuple):
     """Of one process."""
 
-    memory: dict[str, int]  # bytes alive when most are: weights, gradients, optimizer, activations, head, other
-    seconds: float  # an optimizer step
-    tokens: int  # in it
+    batch: MicroBatch
+    memory: Memory
+    seconds: list[float]  # an optimizer step: quartiles
 
 
 def make_plan(config: Any, args: HDPOConfig, build: Build | None = None) -> Plan:
-    """config: the model's. build: what makes a model of it, default: AutoModelForCausalLM in fp32.
+    """config: the model's. build: what makes a model (or peft model) of it, default: AutoModelForCausalLM in fp32.
 
     Raises ValueError if max_length is None: the longest record would decide.
     """
     if args.max_length is None:
         raise ValueError("a plan needs --max_length: without it the longest record decides")
     build = build or AutoModelForCausalLM.from_config
-    tokens = 2 * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.max_length
-    return Plan(peak_memory(config, args, build), step_seconds(config, args, build), tokens)
+    probed = bare(build(_with_layers(config, _LAYERS[0])))
+    batch = fullest(args, find_layout([probed], args.packing, args.shared_prompt))
+    return Plan(batch, peak_memory(config, args, batch, build), step_seconds(config, args, batch, build))
+
+
+def fullest(args: HDPOConfig, layout: Layout) -> MicroBatch:
+    """The micro-batch whose sequences have max_length tokens, prompts max_prompt_length of them (None: one token).
+
+    Under max_tokens_per_batch its pairs are as many as reach the budget, and as much shorter as to keep within it.
+    """
+    length, budget = int(args.max_length or 0), args.max_tokens_per_batch
+    prompt = min(args.max_prompt_length or 1, length - 1)
+    batch = MicroBatch(layout, args.per_device_train_batch_size, prompt, length - prompt)
+    if budget is None:
+        return batch
+    tokens = layout.tokens(prompt, batch.completion, batch.completion)
+    pairs = min(batch.pairs, -(-budget // tokens))
+    shorter = min(1.0, budget / (pairs * tokens)) if pairs > 1 else 1.0  # a longer pair is a batch of its own
+    prompt, completion = (max(1, int(shorter * size)) for size in (prompt, batch.completion))
+    return MicroBatch(layout, pairs, prompt, completion)
 
 
 def describe(plan: Plan, args: HDPOConfig) -> str:
-    device, total = args.device.type, sum(plan.memory.values())
-    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    lines = [f"One process on {device}, steps of {pairs} pairs of 2 × {args.max_length} tokens:", ""]
-    lines += [f"  {name:12}{readable(size):>12}" for name, size in plan.memory.items()]
+    device, total = args.device.type, sum(plan.memory.device.values())
+    _, pairs, prompt, completion = plan.batch
+    accumulated = f" of {args.gradient_accumulation_steps} micro-batches" * (args.gradient_accumulation_steps > 1)
+    pairs *= args.gradient_accumulation_steps
+    lines = [
+        f"One process on {device}, steps{accumulated} of {pairs} pairs of 2 × {prompt + completion} tokens, "
+        f"{plan.batch.layout}.",
+        f"Taken as full: prompts of {prompt} tokens, completions of {completion}."
+        + ("" if prompt == 1 else " Where prompts are shorter and completions longer, it is more."),
+        "",
+    ]
+    lines += [f"  {name:12}{readable(size):>12}" for name, size in plan.memory.device.items()]
     lines += [f"  {'in all':12}{readable(total):>12} at the peak of a step"]
+    if plan.memory.host:
+        lines += [f"  {'on the host':12}{readable(plan.memory.host):>12} of offloaded activations"]
     if device == "cuda":
         free, _ = torch.cuda.mem_get_info()
         lines += [f"  {'free now':12}{readable(free):>12}" + ("" if total < free else ": it does not fit")]
-    speed = plan.tokens / plan.seconds
-    lines += ["", f"  {plan.seconds:.3g} s a step, {speed:,.0f} tokens/s; by models of few layers"]
+    low, median, high = plan.seconds
+    speed = 2 * pairs * (prompt + completion) / median
+    lines += ["", f"  {median:.3g} s a step ({low:.3g} to {high:.3g}), {speed:,.0f} tokens/s; by models of few layers"]
     if device == "cpu":
         lines += [
             "",
@@ -71,52 +124,80 @@ def describe(plan: Plan, args: HDPOConfig) -> str:
     return "\n".join(lines)
 
 
-def peak_memory(config: Any, args: HDPOConfig, build: Build) -> dict[str, int]:
-    """Bytes of tensors alive at the peak of an optimizer step, by kind; head: what it adds to the peak."""
-    without, sizes = (_tracked(config, args, build, with_workspace) for with_workspace in (False, True))
-    memory = {name: without[kind] for name, kind in _KINDS.items()}
+def peak_memory(config: Any, args: HDPOConfig, batch: MicroBatch, build: Build) -> Memory:
+    """head: what it adds to the peak."""
+    (without, host), (sizes, _) = (_tracked(config, args, batch, build, workspace) for workspace in (False, True))
+    memory = {name: sum(without[kind] for kind in kinds) for name, kinds in _KINDS.items()}
     memory["other"] = without["Total"] - sum(memory.values())
     memory["head"] = sizes["Total"] - without["Total"]
-    return memory
+    return Memory(memory, host)
 
 
-def _tracked(config: Any, args: HDPOConfig, build: Build, with_workspace: bool) -> dict[str, int]:
-    with FakeTensorMode(), warnings.catch_warnings():
+def _tracked(
+    config: Any, args: HDPOConfig, batch: MicroBatch, build: Build, with_workspace: bool
+) -> tuple[dict[str, int], int]:
+    """Bytes at the peak by the tracker's kinds, and bytes that a micro-batch offloads."""
+    with torch.device("meta"):  # peft moves adapters from device to device, which fake parameters do not bear
+        model: Any = build(config)
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracker's, of modules it has seen before
-        model = _prepare(build(config), args)
+        model.to_empty(device="cpu")
+        bare(model).tie_weights()
+        _frozen_as_buffers(model)
+        offloaded = _prepare(model, args, fake=True)
         optimizer = _optimizer(model, args)
-        kept = _add_workspace(model, args) if with_workspace else []
-        tracker = MemTracker()
+        kept = _add_workspace(model, args, batch) if with_workspace else []
+        tracker = _Tracker()
         tracker.track_external(model, optimizer, *kept)
         with tracker:
             for _ in range(2):  # the optimizer's state is made in the first step
                 for _ in range(min(args.gradient_accumulation_steps, 2)):  # a third has no more company than a second
-                    _micro_batch(model, args, "cpu")
+                    offloaded.clear()
+                    _micro_batch(model, args, batch, "cpu")
                     tracker.reset_mod_stats()
                 optimizer.step()
                 optimizer.zero_grad()
     (snapshot,) = tracker.get_tracker_snapshot("peak").values()
-    return {str(getattr(kind, "value", kind)): int(size) for kind, size in snapshot.items()}
+    return {str(getattr(kind, "value", kind)): int(size) for kind, size in snapshot.items()}, sum(offloaded)
 
 
-def _add_workspace(model: nn.Module, args: HDPOConfig) -> list[Tensor]:
+class _Tracker(MemTracker):
+    def _update_peak_stats(self, peak_state: Any) -> None:
+        """Of the whole; peaks of every module, kept at every operation, take minutes for a deep model."""
+        for device, sizes in self._curr_mem_snap.items():
+            if sizes["Total"] > self._peak_mem.get(device, 0):
+                self._peak_mem[device] = sizes["Total"]
+                self._peak_mem_snap[device] = dict(sizes)
+
+
+def _frozen_as_buffers(model: nn.Module) -> None:
+    """The tracker wants a gradient of every parameter."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach())
+
+
+def _add_workspace(model: nn.Module, args: HDPOConfig, batch: MicroBatch) -> list[Tensor]:
     """Let the head's call hold what its operator makes out of sight; returns what outlives the call, as on CPUs."""
     head, device = head_of(bare(model)), args.device
     vocab, hidden_size = head.weight.shape
-    rows = 2 * args.per_device_train_batch_size * (args.max_length or 0)
+    rows = 2 * batch.pairs * batch.completion
     dtype = _autocast_dtype(args) or head.weight.dtype
     exact = args.gradient == "exact"
     piece_rows, _, tables = buffers_for(rows, vocab, dtype, exact, args.chunk_bytes, device)
     buffers = sum(count * vocab * table.itemsize for count, table in tables)
+    d_weight_rows = min(piece_rows, rows) if head.weight.requires_grad else 0
     # hidden states scaled by the gradient of their log-probs; weight and hidden states in the dtype of autocast; and
     # where GEMMs have no full-precision output, their operands upcast
-    passing = min(piece_rows, rows) * hidden_size * dtype.itemsize
+    passing = d_weight_rows * hidden_size * dtype.itemsize
     if dtype != head.weight.dtype:
         passing += (vocab + rows) * hidden_size * dtype.itemsize
     if device.type == "cpu":
         passing += BLOCK_BYTES * (1 if exact else 6)  # scratch of row operations; rounding rows takes 64-bit integers
     if device.type == "cpu" and dtype.itemsize < 4:
-        passing += min(UPCAST_BLOCK, vocab) * (hidden_size + (min(piece_rows, rows) if exact else 0)) * 4
+        passing += min(UPCAST_BLOCK, vocab) * (hidden_size + d_weight_rows * exact) * 4
     kept = [torch.empty(buffers, dtype=torch.uint8)] if device.type == "cpu" else []
     call: Callable[..., Any] = head.forward
 
@@ -130,13 +211,14 @@ def _add_workspace(model: nn.Module, args: HDPOConfig) -> list[Tensor]:
     return kept
 
 
-def step_seconds(config: Any, args: HDPOConfig, build: Build) -> float:
-    """Time of an optimizer step: that of a shallow model, and for every further layer what one adds to it."""
+def step_seconds(config: Any, args: HDPOConfig, batch: MicroBatch, build: Build) -> list[float]:
+    """Quartiles of an optimizer step's time: a shallow model's, and for every further layer what one adds to it."""
     depth = config.get_text_config().num_hidden_layers
     if depth <= _LAYERS[1]:
-        return _time(build(config), args)
-    shallow, deeper = (_time(build(_with_layers(config, layers)), args) for layers in _LAYERS)
-    return shallow + max(deeper - shallow, 0.0) * (depth - _LAYERS[0]) / (_LAYERS[1] - _LAYERS[0])
+        return _time([build(config)], args, batch)[0]
+    shallow, deeper = _time([build(_with_layers(config, layers)) for layers in _LAYERS], args, batch)
+    further = (depth - _LAYERS[0]) / (_LAYERS[1] - _LAYERS[0])
+    return [few + max(more - few, 0.0) * further for few, more in zip(shallow, deeper, strict=True)]
 
 
 def _with_layers(config: Any, layers: int) -> Any:
@@ -148,29 +230,61 @@ def _with_layers(config: Any, layers: int) -> Any:
     return config
 
 
-def _time(model: nn.Module, args: HDPOConfig) -> float:
-    model = _prepare(model.to(args.device), args)
-    optimizer = _optimizer(model, args)
-    seconds: list[float] = []
-    while len(seconds) < 1 + _STEPS or sum(seconds[1:]) < _SECONDS:
-        start = time.perf_counter()
-        for _ in range(args.gradient_accumulation_steps):
-            _micro_batch(model, args, args.device.type)
-        optimizer.step()
-        optimizer.zero_grad()
-        if args.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+def _time(models: list[Any], args: HDPOConfig, batch: MicroBatch) -> list[list[float]]:
+    """Quartiles of each model's step; the models take turns, so that a machine's mood is the same for all."""
+    for model in models:
+        _prepare(model.to(args.device), args)
+    optimizers = [_optimizer(model, args) for model in models]
+    seconds: list[list[float]] = [[] for _ in models]
+    while len(seconds[0]) < 1 + _STEPS or sum(sum(times[1:]) for times in seconds) < _SECONDS * len(models):
+        for model, optimizer, times in zip(models, optimizers, seconds, strict=True):
+            start = time.perf_counter()
+            for _ in range(args.gradient_accumulation_steps):
+                _micro_batch(model, args, batch, args.device.type)
+            optimizer.step()
+            optimizer.zero_grad()
+            if args.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+    return [statistics.quantiles(times[1:], n=4) for times in seconds]
 
 
-def _prepare(model: Any, args: HDPOConfig) -> nn.Module:
-    """As the trainer does it."""
+def _prepare(model: Any, args: HDPOConfig, fake: bool = False) -> list[int]:
+    """As the trainer does it. fake: what would be offloaded takes no memory; the result gets its sizes in bytes."""
+    offloaded: list[int] = []
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
+        options: dict[str, Any] = dict(args.gradient_checkpointing_kwargs or {})  # type: ignore[arg-type]
+        layers, offload = options.pop("every_n_layers", 1), options.pop("offload", False)
+        # its name from transformers 5.23 on
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(options or None, every_n_layers=layers, offload=offload and not fake)
+        if offload and fake:
+            _offload_nowhere(model, offloaded)
+    if args.disable_dropout:
+        disable_dropout(model)
     # a softcap or scale costs nothing here, and finding it needs numbers
     attach_loss(bare(model), args.loss_kwargs(), HeadTransform(None, 1.0))
-    return model.train()
+    model.train()
+    return offloaded
+
+
+def _offload_nowhere(model: nn.Module, offloaded: list[int]) -> None:
+    """What checkpointed layers save for their recomputation is noted, forgotten, and made anew when it is wanted."""
+
+    def forget(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+        offloaded.append(tensor.nbytes)
+        return tensor.shape, tensor.dtype
+
+    def make(saved: tuple[torch.Size, torch.dtype]) -> Tensor:
+        return torch.empty(saved[0], dtype=saved[1])
+
+    def checkpoint(function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        with saved_tensors_hooks(forget, make):
+            return function(*inputs, **options)
+
+    for module in model.modules():
+        if isinstance(function := getattr(module, "_gradient_checkpointing_func", None), functools.partial):
+            module._gradient_checkpointing_func = functools.partial(checkpoint, function)  # type: ignore[assignment]
 
 
 def _optimizer(model: nn.Module, args: HDPOConfig) -> torch.optim.Optimizer:
@@ -178,17 +292,15 @@ def _optimizer(model: nn.Module, args: HDPOConfig) -> torch.optim.Optimizer:
     return kind([p for p in model.parameters() if p.requires_grad], **options)
 
 
-def _micro_batch(model: nn.Module, args: HDPOConfig, device: str) -> None:
-    """Forward and backward; of the prompts only the last token, so that everything is scored that can be."""
-    pairs, length = args.per_device_train_batch_size, int(args.max_length or 0)
-    ids = torch.randint(head_of(bare(model)).weight.shape[0], (2 * pairs, length), device=device)
-    starts = torch.arange(2 * pairs).unsqueeze(1) * length
-    rows = (starts + torch.arange(length - 1)).flatten().to(device)
-    bounds = list(itertools.accumulate([length - 1] * 2 * pairs, initial=0))
-    batch = PairBatch(rows, ids[:, 1:].flatten(), bounds, torch.zeros(2 * pairs, device=device))
+def _micro_batch(model: nn.Module, args: HDPOConfig, batch: MicroBatch, device: str) -> None:
+    """Forward and backward."""
+    vocab = head_of(bare(model)).weight.shape[0]
+    prompt, completion = ([token % vocab for token in range(size)] for size in (batch.prompt, batch.completion))
+    inputs = lay_out([(prompt, completion, completion)] * batch.pairs, batch.layout, 0)
+    inputs["ref_logps"] = torch.zeros(2 * batch.pairs)
     dtype = _autocast_dtype(args)
     with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
-        loss = model(input_ids=ids, pairs=batch).loss / args.gradient_accumulation_steps
+        loss = model(**model_inputs(inputs, torch.device(device))).loss / args.gradient_accumulation_steps
     loss.backward()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 from torch import nn
+from transformers import TrainerCallback
 
 
 def check_dataloading(accelerator: Accelerator) -> None:
@@ -50,6 +51,22 @@ def weights(pairs: list[int], accelerator: Accelerator) -> list[Any]:
     if accelerator.num_processes > 1:
         total = accelerator.reduce(torch.tensor(float(total), device=accelerator.device), "sum")
     return [own * len(pairs) * accelerator.num_processes / total for own in pairs]
+
+
+class OwnRandomNumbers(TrainerCallback):
+    """Every rank draws random numbers of its own: errors of the sampled gradient that are alike would not average out.
+
+    From the start of training on, when the samplers have been made, and before a checkpoint brings its ranks' states.
+    """
+
+    def __init__(self, accelerator: Accelerator, seed: int) -> None:
+        self.seed = seed + accelerator.process_index
+        config = accelerator.dataloader_config
+        if config.data_seed is None:  # pairs are shuffled by torch's seed then, which ranks would have to share
+            config.data_seed = seed
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        torch.manual_seed(self.seed)
 
 
 def keep_output_dtype(accelerator: Accelerator) -> None:

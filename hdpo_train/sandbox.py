@@ -3,9 +3,10 @@
     program ── Sandbox.finishes ──> new namespaces, limits, empty folder ──> did its last line run?
 
 It stops accidents, not attackers. The program cannot reach a network, sees neither the environment nor the processes
-outside, takes no more time and memory than it is given, and all it started ends with it. It can read what its user
-can read, write where its user can write, connect to Unix sockets that are files, and, if it knows this file, find the
-token and report an end it never reached. Code written to do harm belongs into a virtual machine.
+outside, takes no more time than it is given and none of its processes more memory, and all it started ends with it. It
+can read what its user can read, write and delete where its user can, connect to Unix sockets that are files, and, if
+it knows this file, find the token and report an end it never reached. Code written to do harm belongs in a virtual
+machine.
 """
 
 import contextlib
@@ -32,13 +33,13 @@ class Sandbox:
     """Limits under which programs run. Linux only.
 
     Args:
-        timeout: seconds on the clock, the start of Python included (about 0.05). CPU time has the same limit.
+        timeout: seconds on the clock, the start of Python included. CPU time has the same limit.
         memory_mb: address space of each process of the program, MiB.
         allow_network: run without namespaces, where the kernel refuses them. The program then has the network, sees the
             other processes of its user, and can leave processes behind if they leave its process group.
 
-    A file may grow to 16 MiB. A program may have 64 processes and threads, unless its user is root, whose processes
-    Linux does not count: there time alone bounds them.
+    A file may grow to 16 MiB. A program may have 64 processes and threads (before Linux 5.14 its user's others count
+    too), unless the user is root, whose processes Linux does not limit: there only time bounds them.
 
     Raises:
         ValueError: a limit out of range, another system than Linux, or a kernel that gives no namespaces.
@@ -83,7 +84,7 @@ class Sandbox:
             report.seek(0)
             lines = report.read(1 << 16).decode(errors="replace").splitlines()
         if f"{token} started" not in lines:
-            said = "\n".join(lines).strip() or f"nothing was heard of it in {self.timeout} seconds"
+            said = "\n".join(lines).strip() or f"not a word from it within {self.timeout} seconds"
             raise RuntimeError(f"the sandbox did not start: {said}")
         return f"{token} finished" in lines
 

@@ -162,12 +162,16 @@ class Plan:
     def __post_init__(self) -> None:
         if bad := [alpha for alpha in self.alphas if not 0 < alpha < math.inf]:
             raise ValueError(f"alpha must be a positive number, got {bad[0]:g}")
+        if bad := [alpha for alpha in self.alphas if alpha != float(f"{alpha:g}")]:
+            raise ValueError(f"alpha must have at most six digits, which name the folders of its runs, got {bad[0]}")
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
 
     def settings(self) -> dict[str, Any]:
         """What must be the same in all runs: training options that are not the default, and all of the evaluation."""
         script, args = _parse([*self.training, "--output_dir", "sweep"])
+        if args.alpha_schedule != "constant" or args.target_entropy is not None:
+            raise ValueError("a sweep compares runs of constant alpha: leave out alpha_schedule and target_entropy")
         chosen: dict[str, Any] = {}
         for given, default in ((script, ScriptArguments()), (args, HDPOConfig(output_dir="sweep"))):
             values = ((each.name, getattr(given, each.name)) for each in fields(given))
@@ -180,9 +184,11 @@ class Plan:
 def sweep(folder: Path, source: Source, plan: Plan) -> Sweep:
     """All runs that are not in the folder yet, and the report of all that are. α = 1 is always among them.
 
-    Raises ValueError, naming the option, if the folder holds a sweep of other settings, and FileExistsError if it holds
-    something else.
+    Raises ValueError, naming the options, if the folder holds a sweep of other settings, FileExistsError if it holds
+    something else, and FloatingPointError, naming the run, if one diverges.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("a sweep runs in one process: start it without accelerate launch or torchrun")
     plan = _claim(folder, source, plan)
     jobs: list[tuple[float | None, int]] = []  # (α, seed); without α: the model before training
     for seed in range(plan.seeds):
@@ -195,9 +201,8 @@ def sweep(folder: Path, source: Source, plan: Plan) -> Sweep:
         job = _Job(alpha, seed, folder, source, plan)
         if not job.is_done:
             left = (len(jobs) - number + 1) * statistics.fmean(durations) if durations else None
-            print(
-                f"{number} of {len(jobs)}: {job.name}" + (f"; about {_duration(left)} left" if left else ""), flush=True
-            )
+            time_left = f"; about {_duration(left)} left" if left else ""
+            print(f"{number} of {len(jobs)}: {job.name}{time_left}", flush=True)
             started = time.perf_counter()
             job.run()
             durations.append(time.perf_counter() - started)

@@ -21,13 +21,23 @@ from transformers.utils import logging
 
 from hdpo_kernels import HDPOLoss
 from hdpo_kernels.checks import check_gradient
+from hdpo_train.alpha import AlphaSchedule, EntropyControl, Target
 from hdpo_train.checkpoints import WholeCheckpoints, remove_leftovers
 from hdpo_train.config import HDPOConfig
 from hdpo_train.data import PairCollator, pair_tokens, tokenize_pairs
+from hdpo_train.generate import own_entropy
 from hdpo_train.head import attach_loss, bare, head_of, whole_shape
 from hdpo_train.output_dir import checkpoint_to_resume, claim_output_dir
 from hdpo_train.packing import find_layout
-from hdpo_train.ranks import check_dataloading, gathered, keep_output_dtype, own_pairs, weights
+from hdpo_train.ranks import (
+    OwnRandomNumbers,
+    check_dataloading,
+    gathered,
+    keep_output_dtype,
+    own_pairs,
+    shards,
+    weights,
+)
 from hdpo_train.reference import COLUMNS, model_inputs, with_reference
 from hdpo_train.report import RunReport, mean_loss
 from hdpo_train.sampler import TokenBudgetSampler
@@ -84,14 +94,14 @@ class HDPOTrainer(WholeCheckpoints):
         tokenizer = processing_class if processing_class is not None else load_tokenizer(name)
         policy: Any = load_model(model, args.model_init_kwargs) if isinstance(model, str) else model  # type: ignore[arg-type]
         if peft_config is not None:
-            policy = _add_adapter(policy, peft_config)
+            policy = add_adapter(policy, peft_config)
         reference: Any = policy if ref_model is None else ref_model
         models: list[Any] = [policy] if reference is policy else [policy, reference]
         vocab = min(whole_shape(head_of(bare(each)).weight)[0] for each in models)
         check_gradient(args.gradient, args.epsilon, vocab)
         if args.disable_dropout:
             for each in models:
-                _disable_dropout(each)
+                disable_dropout(each)
 
         def tokenize(dataset: Dataset, name: str) -> Dataset:
             dataset = tokenize_pairs(
@@ -123,15 +133,18 @@ class HDPOTrainer(WholeCheckpoints):
             )
         check_dataloading(self.accelerator)
         keep_output_dtype(self.accelerator)
+        if args.gradient == "sampled" and self.accelerator.num_processes > 1:
+            self.add_callback(OwnRandomNumbers(self.accelerator, args.seed))
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch's pairs, and
         self.loss_is_scaled_for_ga = False  # Trainer divides it by the number of accumulation steps
         self._sums: dict[str, list[Tensor]] = defaultdict(list)  # per mode: one vector per batch, see _SUMS
+        self.loss_kwargs = args.loss_kwargs()  # its alpha is that of the step
 
         for each in models:
             if each is not policy and self.place_model_on_device:
                 each.to(args.device)
             with gathered(each):
-                attach_loss(bare(each), args.loss_kwargs())
+                attach_loss(bare(each), self.loss_kwargs)
         with contextlib.ExitStack() as stack:
             for each in models:
                 stack.enter_context(gathered(each))
@@ -154,6 +167,11 @@ class HDPOTrainer(WholeCheckpoints):
         self.eval_dataset = _map_datasets(self.eval_dataset, refer, "eval")
         if self.train_dataset is not None:
             self.start = self._start()
+            if args.alpha_final is not None:
+                self.add_callback(AlphaSchedule(self.loss_kwargs, args.alpha_schedule, args.alpha_final))
+            self.entropy_control = None if args.target_entropy is None else self._entropy_control(args.target_entropy)
+            if self.entropy_control is not None:
+                self.add_callback(self.entropy_control)
             self.add_callback(RunReport(self.start))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -255,7 +273,9 @@ class HDPOTrainer(WholeCheckpoints):
             # its loss too: weighted by pairs, whatever the batches' sizes
             logs.update({f"{prefix}{key}": value for key, value in self._metrics("eval").items()})
         elif self._sums["train"] and "loss" in logs:
-            logs.update({**self._metrics("train"), "loss": logs["loss"]})
+            logs.update({**self._metrics("train"), "loss": logs["loss"], "alpha": self.loss_kwargs["alpha"]})
+            if self.entropy_control is not None:
+                logs.update(self.entropy_control.metrics())
         if "train_loss" in logs:  # Trainer's counts from the last resume on
             logs["train_loss"] = mean_loss(self.state.log_history) or logs["train_loss"]
         super().log(logs, start_time)
@@ -278,7 +298,7 @@ class HDPOTrainer(WholeCheckpoints):
         lengths = torch.tensor([end - start for start, end in pairwise(cu_seqlens)], dtype=torch.float32)
         lengths = lengths.to(result.logps.device, non_blocking=True)
         nats = result.entropy * lengths
-        initial = (self.args.alpha - 1) * self.args.beta * (ref_logps[0::2] - ref_logps[1::2])
+        initial = (self.loss_kwargs["alpha"] - 1) * self.args.beta * (ref_logps[0::2] - ref_logps[1::2])
         per_pair = (
             torch.ones_like(result.margins), result.loss.detach().expand_as(result.margins),
             result.chosen_rewards, result.rejected_rewards, (result.margins > 0).float(), result.margins,
@@ -303,6 +323,32 @@ class HDPOTrainer(WholeCheckpoints):
             seen = next((line["num_tokens"] for line in self.state.log_history[::-1] if "num_tokens" in line), 0)
             metrics["num_tokens"] = seen + num_tokens
         return metrics
+
+    def _entropy_control(self, target: str) -> EntropyControl:
+        args, data = self.args, self.train_dataset
+        if shards(self.accelerator):
+            raise ValueError(
+                "target_entropy lets the policy answer prompts while it is trained, which takes whole weights on every "
+                "GPU: use DDP, or leave it out under FSDP and DeepSpeed"
+            )
+        columns = data.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])  # type: ignore[union-attr]
+        longest = max(len(row[side]) for row in columns for side in ("chosen_ids", "rejected_ids"))
+        every = max(len(columns) // args.entropy_prompts, 1)
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        prompts = columns[::every]["prompt_ids"][rank : args.entropy_prompts : ranks]
+        tokenizer: Any = self.processing_class
+
+        def probe(model: Any) -> tuple[float, int]:
+            """Of all ranks, each with prompts and random numbers of its own."""
+            with self.compute_loss_context_manager():
+                nats, tokens = own_entropy(model, tokenizer, prompts, longest, args.seed + rank)
+            sums = self.accelerator.reduce(torch.tensor([nats, tokens], device=self.accelerator.device), "sum")
+            return sums[0].item(), int(sums[1])
+
+        return EntropyControl(
+            self.loss_kwargs, Target.parse(target), probe,
+            bounds=(args.alpha_min, args.alpha_max), every=args.entropy_steps,
+        )  # fmt: skip
 
     def _start(self) -> dict[str, Any]:
         """The first line of metrics.jsonl: what the run starts from."""
@@ -340,7 +386,7 @@ def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _add_adapter(model: Any, peft_config: Any) -> Any:
+def add_adapter(model: Any, peft_config: Any) -> Any:
     import peft
 
     if isinstance(model, peft.PeftModel):
@@ -350,7 +396,7 @@ def _add_adapter(model: Any, peft_config: Any) -> Any:
     return peft.get_peft_model(model, peft_config)
 
 
-def _disable_dropout(model: nn.Module) -> None:
+def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -19,7 +19,7 @@ def test_measure_takes_turns_by_runs(monkeypatch):
         order.append(name)
         return Run([1.0, 2.0] if name == OURS else [2.0, 4.0], 64.0, 0.6931)
 
-    monkeypatch.setattr(train_step, "_train", train)
+    monkeypatch.setattr(train_step, "train", train)
     table = Table("cpu")
     train_step.measure(table, SETUP, CONTESTANTS, rounds=1)
     assert order == [OURS, TRL, TRL, OURS]
@@ -31,7 +31,7 @@ def test_measure_takes_turns_by_runs(monkeypatch):
 
 @pytest.mark.skipif(not installed(TRL), reason="TRL is not installed")
 def test_measure_a_wrong_loss_is_not_timed(monkeypatch):
-    monkeypatch.setattr(train_step, "_train", lambda name, *_: Run([1.0], 64.0, 0.6931 if name == OURS else 0.9))
+    monkeypatch.setattr(train_step, "train", lambda name, *_: Run([1.0], 64.0, 0.6931 if name == OURS else 0.9))
     table = Table("cpu")
     train_step.measure(table, SETUP, CONTESTANTS, rounds=1)
     (row,) = [row for row in table.rows if row["contestant"] == TRL]

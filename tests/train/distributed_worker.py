@@ -11,6 +11,7 @@ import yaml
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState, PartialState
 from datasets import Dataset
+from peft import LoraConfig
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -19,7 +20,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from hdpo_train import HDPOConfig, HDPOTrainer
 from hdpo_train.__main__ import main
 from hdpo_train.data import PairCollator, tokenize_pairs
-from hdpo_train.head import attach_loss
+from hdpo_train.head import attach_loss, bare
 from hdpo_train.reference import model_inputs
 from tests.train.tiny import make_model, make_records
 
@@ -31,15 +32,21 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "a rank without pairs": (13, 2, {"num_train_epochs": 2, "eval_strategy": "epoch"}),  # 4 + 4, 4 + 1
     "fewer pairs than ranks": (3, 1, {"num_train_epochs": 2}),
     "drop_last": (13, 1, {"num_train_epochs": 1, "dataloader_drop_last": True}),
+    "adapter": (16, 1, {"num_train_epochs": 2}),
     "sampled": (16, 1, {"num_train_epochs": 2, "gradient": "sampled", "epsilon": 2**-4}),
 }
 
 
 class Parameters(TrainerCallback):
-    """The parameters after every step; raises if they differ between ranks."""
+    """The parameters after every step; raises if they differ between ranks. And what the first step would draw."""
 
     def __init__(self) -> None:
         self.steps: list[torch.Tensor] = []
+        self.drawn: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        with torch.random.fork_rng(devices=[]):
+            self.drawn = self.drawn or torch.rand(4).tolist()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
         assert model is not None
@@ -71,6 +78,7 @@ def make_trainer(folder: Path, case: str, ranks: int, seed: int = 0, **options: 
         make_model(seed=seed), args=args, callbacks=[Parameters()],
         train_dataset=Dataset.from_list(make_records(pairs)), eval_dataset=Dataset.from_list(make_records(7, seed=1)),
         processing_class=AutoTokenizer.from_pretrained(folder.parent / "tokenizer"),
+        peft_config=LoraConfig(r=4, target_modules="all-linear") if case == "adapter" else None,
     )  # fmt: skip
 
 
@@ -88,6 +96,8 @@ def ddp(folder: Path) -> None:
         trainer, steps = train(folder, case, ranks)
         if dist.get_rank() == 0:
             torch.save((steps, reference(trainer)), folder / case / "result.pt")
+        if case == "sampled":
+            check_random_numbers(trainer)
     refused: dict[str, dict[str, Any]] = {
         "different reference models": {"seed": dist.get_rank()},
         "even_batches": {"accelerator_config": {"even_batches": False}},
@@ -100,6 +110,18 @@ def ddp(folder: Path) -> None:
             assert words in str(error), error
         else:
             raise AssertionError(f"not refused: {options}")
+
+
+def check_random_numbers(trainer: HDPOTrainer) -> None:
+    """Ranks draw different ones, and still agree on the order of the pairs if they train again."""
+    epoch = [row["prompt_ids"] for batch in trainer.get_train_dataloader() for row in batch["examples"].rows]
+    (parameters,) = (call for call in trainer.callback_handler.callbacks if isinstance(call, Parameters))
+    drawn, epochs = ([None] * dist.get_world_size() for _ in range(2))
+    dist.all_gather_object(drawn, parameters.drawn)
+    dist.all_gather_object(epochs, epoch)
+    assert len({number for numbers in drawn for number in numbers}) == 4 * len(drawn), drawn
+    pairs = [tuple(prompt_ids) for rank in epochs for prompt_ids in rank]
+    assert len(set(pairs)) == len(pairs) == len(trainer.train_dataset), "ranks have the same pairs"
 
 
 def reference(trainer: HDPOTrainer) -> torch.Tensor:
@@ -125,15 +147,17 @@ def allow_fsdp_on_cpu() -> None:
 
 
 def fsdp(folder: Path) -> None:
-    """The trainer under accelerate's FSDP2 with the options of the shipped config, in fp32 and in bf16."""
+    """The trainer under accelerate's FSDP2 with the options of the shipped config: in fp32, in bf16, an adapter."""
     allow_fsdp_on_cpu()
     options = yaml.safe_load((Path(__file__).parents[2] / "configs" / "fsdp2.yaml").read_text())["fsdp_config"]
     os.environ.update({key.upper(): str(value) for key, value in options.items()}, ACCELERATE_USE_FSDP="true")
     ranks = int(os.environ["WORLD_SIZE"])
-    for case, name, options in (("odd last batch", "fp32", {}), ("even", "bf16", {"bf16": True})):
+    runs = (("odd last batch", "fp32", {}), ("even", "bf16", {"bf16": True}), ("adapter", "adapter", {}))
+    for case, name, options in runs:
         AcceleratorState._reset_state()
         trainer, steps = train(folder, case, ranks, **options)
-        assert isinstance(trainer.model, FSDPModule) and isinstance(trainer.model.model.layers[0], FSDPModule)
+        assert trainer.layout.packed and trainer.layout.share == "where it pays"
+        assert isinstance(trainer.model, FSDPModule) and isinstance(bare(trainer.model).model.layers[0], FSDPModule)
         trainer.save_model(str(folder / name))
         if dist.get_rank() == 0:
             torch.save((steps, reference(trainer)), folder / f"{name}.pt")

@@ -76,6 +76,9 @@ def arrange(moment: str) -> None:
     elif name == "weights":
         written = in_checkpoint(step, "model.safetensors")
         around(safetensors.torch, "serialize_file", written, after=lambda _, path, *__, **___: cut(path))
+    elif name == "model":  # of the end, not of a checkpoint
+        written = lambda _, path, *__, **___: str(path).endswith("model.safetensors") and "checkpoint-" not in str(path)  # noqa: E731
+        around(safetensors.torch, "serialize_file", written, after=lambda _, path, *__, **___: cut(path))
     elif name == "optimizer":
         around(torch, "save", in_checkpoint(step, "optimizer.pt"), die)
     elif name == "state":

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from hdpo_train.report import read_metrics
@@ -100,20 +101,25 @@ def test_ddp_with_the_sampled_gradient_keeps_ranks_equal(ddp, one):
     # One process draws other random numbers for its rows, so that it takes other steps; the first loss is exact.
     lines, expected = read_metrics(ddp / "sampled" / "out"), read_metrics(one[0] / "sampled" / "out")
     assert lines[1]["loss"] == pytest.approx(expected[1]["loss"], rel=1e-5)
-    for line, other in zip(lines[2:5], expected[2:5], strict=True):
+    for line, other in zip(lines[1:5], expected[1:5], strict=True):
         assert line["loss"] == pytest.approx(other["loss"], rel=0.02)
+        assert line["num_tokens"] == other["num_tokens"]  # the same pairs in every step
 
 
-def test_fsdp_takes_the_steps_of_one_process(fsdp, one):
-    steps, logps = torch.load(fsdp / "fp32.pt")
+@pytest.mark.parametrize(("name", "case"), [("fp32", "odd last batch"), ("adapter", "adapter")])
+def test_fsdp_takes_the_steps_of_one_process(name, case, fsdp, one):
+    steps, logps = torch.load(fsdp / f"{name}.pt")
     folder, results = one
-    expected, expected_logps = results["odd last batch"]
+    expected, expected_logps = results[case]
     difference = (steps - expected).abs()
-    print(f"fsdp: max {difference.max():.1e}, mean {difference.mean():.1e}")
+    print(f"fsdp, {name}: max {difference.max():.1e}, mean {difference.mean():.1e}")
     assert difference.max() < 1e-5 and difference.mean() < 1e-8
     torch.testing.assert_close(logps, expected_logps)
-    assert_same_metrics(fsdp / "odd last batch", folder / "odd last batch", relative=1e-4)
-    saved = AutoModelForCausalLM.from_pretrained(fsdp / "fp32")
+    assert_same_metrics(fsdp / case, folder / case, relative=1e-4)
+    if name == "adapter":
+        saved = PeftModel.from_pretrained(make_model(), fsdp / name)
+    else:
+        saved = AutoModelForCausalLM.from_pretrained(fsdp / name)
     torch.testing.assert_close(flat_parameters(saved), steps[-1])
 
 

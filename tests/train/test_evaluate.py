@@ -67,6 +67,15 @@ def test_grade_judges_every_different_completion_once():
     assert sorted(calls) == [("x", "a"), ("x", "b"), ("y", "a"), ("y", "b")]
 
 
+def test_grade_says_how_many_completions_were_cut(monkeypatch):
+    warnings = []
+    monkeypatch.setattr("hdpo_train.evaluate.logger.warning", warnings.append)
+    for ends in ((True, False), (True, True), (None, None)):
+        samples = [Sample(0, 1.0, i, "a", ended=end) for i, end in enumerate(ends)]
+        grade("m", [Problem("x", {})], lambda *_: True, samples, EvalOptions(num_samples=2, k=(), self_bleu=False))
+    assert warnings == ["m: 1 completions (50.0%) did not end within max_new_tokens; judged as they are"]
+
+
 def test_grade_refuses_ragged_samples_and_names_the_prompt_of_a_bad_record():
     problems = [Problem("x", {}), Problem("y", {})]
     samples = [Sample(0, 0.5, 0, "a"), Sample(0, 0.5, 1, "b"), Sample(1, 0.5, 0, "a")]

@@ -107,6 +107,16 @@ def test_layouts_give_the_loss_and_gradients_of_padded_batches(name, attention):
         assert_same_step(step(model, make_examples(), layout), padded)
 
 
+def test_long_sequences_get_a_row_each_and_no_mask_of_their_own():
+    """Where sharing and packing would cost more than they save, the mask of R² entries would too."""
+    long = {"prompt": (60, 60), "completion": (300, 300)}
+    layout = Layout(True, "where it pays", 32)
+    batch = PairCollator(0, layout)(make_examples(count=2, **long))
+    assert batch["input_ids"].shape == (4, 360) and batch["attention_mask"].all()
+    assert not {"position_ids", "segment_ids", "document_lengths"} & set(batch)
+    assert "segment_ids" in PairCollator(0, layout)(make_examples(count=2))
+
+
 @pytest.mark.parametrize(
     "shape",
     [

@@ -1,5 +1,6 @@
 """kill -9 at any moment, and a full disk: the run that is resumed has the metrics of one that nothing happened to."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,7 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from hdpo_train.checkpoints import move_in
 from hdpo_train.output_dir import checkpoint_problem
 from hdpo_train.report import METRICS_FILE, read_metrics
 from tests.train.tiny import make_model, make_records
@@ -145,6 +149,54 @@ def test_train_killed_before_its_first_checkpoint_starts_again_with_the_same_com
     assert (tmp_path / "out" / f"{METRICS_FILE}.old").exists()
 
 
+def test_train_killed_while_it_saves_its_model_leaves_the_one_before(run, whole, tmp_path):
+    code, log = run(tmp_path, max_steps=4, lr_scheduler_type="constant")
+    assert code == 0, log
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert run(tmp_path, "model", RESUME, lr_scheduler_type="constant")[0] == -signal.SIGKILL
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    code, log = run(tmp_path, words=RESUME, lr_scheduler_type="constant")
+    assert code == 0, log
+    last = (tmp_path / "out" / "checkpoint-6" / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == last != before
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in whole.iterdir()}
+
+
+SHARDED, SINGLE = {"max_shard_size": "40KB"}, {}
+
+
+@pytest.mark.parametrize(("old", "new"), [(SINGLE, SHARDED), (SHARDED, SINGLE), (SHARDED, SHARDED)], ids=str)
+def test_move_in_never_leaves_a_mixture_of_two_models(old, new, tmp_path, monkeypatch):
+    models = [make_model(seed=seed) for seed in (0, 1)]
+    moved, moments = [], 0
+
+    def replace(source, target):
+        if len(moved) == moments:
+            raise InterruptedError
+        moved.append(target)
+        os.rename(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    done = False
+    while not done:
+        folder = tmp_path / str(moments)
+        models[0].save_pretrained(folder, **old)
+        models[1].save_pretrained(folder / "_partial" / "model", **new)
+        moved.clear()
+        with contextlib.suppress(InterruptedError):
+            move_in(folder / "_partial" / "model", folder)
+            done = True
+        try:
+            found = AutoModelForCausalLM.from_pretrained(folder)
+        except OSError as error:
+            assert "no file named model.safetensors" in str(error) and not done
+        else:
+            whole = [all(map(torch.equal, found.parameters(), model.parameters())) for model in models]
+            assert whole == ([False, True] if done else whole) and any(whole)
+        moments += 1
+    assert moments > 3 and not (folder / "_partial").exists()
+
+
 def test_train_resumes_between_two_log_lines(run, tmp_path):
     """Means over the steps since the last line: a checkpoint has a line of its own."""
     options = {"logging_steps": 4, "save_steps": 3, "max_steps": 7}
@@ -181,14 +233,24 @@ def test_train_replaces_a_checkpoint_of_the_same_step(run, whole, tmp_path):
     assert checkpoints(tmp_path / "out") == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
 
 
-def test_train_of_two_ranks_survives(run, tmp_path):
-    options = {"per_device_train_batch_size": 2, "ref_cache_dir": tmp_path / "reference"}
+SAMPLED = {  # two steps an epoch, resumed in the middle of the second
+    "gradient": "sampled", "epsilon": 0.1, "max_tokens_per_batch": 25, "gradient_accumulation_steps": 2,
+    "save_steps": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("moment", "options"), [("rename 4", {"per_device_train_batch_size": 2}), ("training 5", SAMPLED)]
+)
+def test_train_of_two_ranks_survives(moment, options, run, tmp_path):
+    options = {**options, "ref_cache_dir": tmp_path / "reference"}
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
     codes, log = run(tmp_path / "whole", ranks=2, **options)
     assert codes == [0, 0], log
-    codes, log = run(tmp_path / "killed", "rename 4", ranks=2, **options)
-    assert codes[0] == -signal.SIGKILL and checkpoints(tmp_path / "killed" / "out") == {"checkpoint-2"}, log
+    codes, log = run(tmp_path / "killed", moment, ranks=2, **options)
+    assert codes[0] == -signal.SIGKILL and codes[1], log  # the other is killed, or finds the first one gone
+    assert checkpoints(tmp_path / "killed" / "out") == {f"checkpoint-{options.get('save_steps', 2)}"}
     codes, log = run(tmp_path / "killed", words=RESUME, ranks=2, **options)
     assert codes == [0, 0], log
     assert_same_run(tmp_path / "killed" / "out", tmp_path / "whole" / "out")

@@ -163,6 +163,8 @@ def test_sweep_refuses_other_settings_and_names_them(inputs, swept, capsys):
     ("options", "words"),
     [
         ({"alpha": "0.9,0"}, "alpha must be a positive number, got 0"),
+        ({"alpha": "0.9,0.12345678"}, "at most six digits"),
+        ({"target_entropy": "0.9"}, "leave out alpha_schedule and target_entropy"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"seed": 3}, "--seed is set by the sweep"),
         ({"checker": "gsm8kk"}, "gsm8kk"),

@@ -29,8 +29,11 @@ def losses(output_dir) -> list[float]:
     return [line["loss"] for line in read_metrics(output_dir) if "loss" in line]
 
 
-def plain_losses(tokenizer, records, model, *, steps, batch, lr, **loss) -> list[float]:
-    """The same training in twenty lines of PyTorch: sequential batches, sequences one by one, full logits."""
+def plain_losses(tokenizer, records, model, *, steps, batch, lr, alphas=None, **loss) -> list[float]:
+    """The same training in twenty lines of PyTorch: sequential batches, sequences one by one, full logits.
+
+    alphas: one for each step.
+    """
     data = tokenize_pairs(Dataset.from_list(records), tokenizer)
     sequences = [[(e["prompt_ids"], e[side]) for side in ("chosen_ids", "rejected_ids")] for e in data]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
@@ -39,7 +42,7 @@ def plain_losses(tokenizer, records, model, *, steps, batch, lr, **loss) -> list
         ids = torch.tensor([prompt + completion])
         return model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
 
-    def batch_loss(pairs, ref):
+    def batch_loss(pairs, ref, **loss):
         parts = [logits_of(*sequence) for pair in pairs for sequence in pair]
         labels = torch.tensor([token for pair in pairs for _, completion in pair for token in completion])
         cu_seqlens = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)
@@ -47,10 +50,10 @@ def plain_losses(tokenizer, records, model, *, steps, batch, lr, **loss) -> list
 
     batches = [sequences[i : i + batch] for i in range(0, steps * batch, batch)]
     with torch.no_grad():
-        refs = [batch_loss(pairs, None).logps for pairs in batches]
+        refs = [batch_loss(pairs, None, **loss).logps for pairs in batches]
     results = []
-    for pairs, ref in zip(batches, refs, strict=True):
-        result = batch_loss(pairs, ref)
+    for step, (pairs, ref) in enumerate(zip(batches, refs, strict=True)):
+        result = batch_loss(pairs, ref, **loss, **({"alpha": alphas[step]} if alphas else {}))
         optimizer.zero_grad()
         result.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -76,3 +76,17 @@ def make_records(n: int = 12, seed: int = 0) -> list[dict[str, str]]:
         wrong = " ".join(rng.choice([w for w in words if w != word]) for _ in range(rng.randint(1, 5)))
         records.append({"prompt": f"{i}. Say {word}:", "chosen": f" {word}", "rejected": f" {wrong}"})
     return records
+
+
+class Elsewhere:
+    """In place of `save_on_cpu`: what is saved goes to NumPy's memory, as from a device to the host."""
+
+    def __init__(self):
+        self.nbytes = 0
+
+    def __call__(self, **kwargs):
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, lambda array: torch.from_numpy(array).clone())
+
+    def pack(self, tensor):
+        self.nbytes += tensor.nbytes
+        return tensor.detach().numpy().copy()
