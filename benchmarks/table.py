@@ -97,5 +97,5 @@ def device_name(device: str) -> str:
 def commit() -> str:
     git = ["git", "-C", str(Path(__file__).parent)]
     run = lambda *args: subprocess.run([*git, *args], capture_output=True, text=True).stdout.strip()  # noqa: E731
-    dirty = run("status", "--porcelain", "--untracked-files=no", "--", ":!results")
+    dirty = run("status", "--porcelain", "--untracked-files=no", "--", ":!results", ":!study/*.md", ":!study/*.json")
     return (run("rev-parse", "--short", "HEAD") or "unknown") + ("+" if dirty else "")

@@ -36,7 +36,6 @@ from hdpo_train.sweep_report import (
     Sweep,
     against_dpo,
     against_temperature,
-    entropy_trend,
     frontier_metrics,
     metrics,
     verdict,
@@ -95,44 +94,47 @@ def markdown(result: Sweep, plot: str, about: str) -> str:
 
 
 def claims_table(result: Sweep) -> str:
-    """What the paper says, whether it holds here, and the figures that decide it."""
-    lines = [f"| {' | '.join(line)} |" for line in claims(result)]
+    """What the paper says, and for each α whether it holds here."""
+    alphas = [alpha for alpha in sorted(result.runs) if alpha != 1]
+    lines = ["| | " + " | ".join(f"α = {alpha:g}" for alpha in alphas) + " |", "|---" * (len(alphas) + 1) + "|"]
+    compared = 0
+    for claim, metric, differences in claims(result):
+        compared += sum(difference is not None for difference in differences.values())
+        texts = [_verdict(differences[alpha], metric) if alpha in differences else "" for alpha in alphas]
+        lines.append(f"| {claim} | {' | '.join(texts)} |")
     note = (
-        "Holds, or its opposite: the 95 % interval of the difference excludes zero (of comparisons without any "
-        f"difference, one in twenty does by chance; here are {len(lines) - 1}), or p ≤ 0.05."
+        "Differences to α = 1, seed by seed, ± half their 95 % confidence interval. A claim holds, or its opposite, "
+        "where that excludes zero; of comparisons without any difference one in twenty does by chance, and here are "
+        f"{compared}. At equal entropy: α = 1 at the temperature that gives it the entropy that α has at temperature 1."
     )
-    return "\n".join(["| claim | here | difference, seed by seed |", "|---|---|---|", *lines, "", note])
+    return "\n".join([sweep_report.trend_sentence(result), "", *lines, "", note])
 
 
-def claims(result: Sweep) -> list[tuple[str, str, str]]:
-    """(claim, whether it holds, evidence)."""
+def claims(result: Sweep) -> list[tuple[str, Metric, dict[float, Interval | None]]]:
+    """(claim, metric that it says is higher than for α = 1, α -> difference to it; None: cannot be compared)."""
     found = metrics(result)
-    trend = entropy_trend(result)
-    holds = "holds" if trend.p_value <= 0.05 else "not shown"
-    lines = [("entropy after training rises with α", holds, f"Page's trend test: p = {trend.p_value:.2g}, one-sided")]
-
-    def decided(claim: str, difference: Interval, metric: Metric) -> tuple[str, str, str]:
-        says = verdict(difference, "holds", "the opposite holds")
-        return claim, says, f"{metric.show(difference.mean, '+')} ± {metric.show(difference.half_width)}"
-
-    sharper, wider = ("greedy accuracy", "sampled accuracy"), ("pass@8", "distinct right", "distinct-2")
-    for names, alphas in (
-        (sharper, [alpha for alpha in sorted(result.runs) if alpha < 1]),
-        (wider, [alpha for alpha in sorted(result.runs) if alpha > 1]),
+    said: list[tuple[str, Metric, dict[float, Interval | None]]] = []
+    for names, claim, concerned in (
+        (("greedy accuracy", "sampled accuracy"), "α < 1 raises", lambda alpha: alpha < 1),
+        (("pass@8", "distinct right", "distinct-2"), "α > 1 raises", lambda alpha: alpha > 1),
     ):
-        for metric in [found[name] for name in names]:
-            differences = against_dpo(result, metric)
-            lines += [decided(f"α = {a:g} raises {metric.name} over α = 1", differences[a], metric) for a in alphas]
-    for alpha, matches in sorted(against_temperature(result).items()):
-        reached = [match for match in matches if match]
-        for metric in frontier_metrics(result):
-            claim = f"α = {alpha:g} raises {metric.name} over α = 1 at equal entropy, by temperature"
-            if len(reached) < result.seeds:
-                lines.append((claim, "not compared", f"{len(reached)} of {result.seeds} seeds within the temperatures"))
-            else:
-                difference = interval([match.differences[metric.name] for match in reached])
-                lines.append(decided(claim, difference, metric))
-    return lines
+        for name in names:
+            differences = against_dpo(result, found[name])
+            said.append((f"{claim} {name}", found[name], {a: d for a, d in differences.items() if concerned(a)}))
+    for metric in frontier_metrics(result):
+        matched: dict[float, Interval | None] = {}
+        for alpha, matches in against_temperature(result).items():
+            reached = [match.differences[metric.name] for match in matches if match]
+            matched[alpha] = interval(reached) if len(reached) == result.seeds else None
+        said.append((f"α raises {metric.name} at equal entropy", metric, matched))
+    return said
+
+
+def _verdict(difference: Interval | None, metric: Metric) -> str:
+    if difference is None:
+        return "entropy out of the temperatures' reach"
+    figures = f"{metric.show(difference.mean, '+').removesuffix(metric.unit)} ± {metric.show(difference.half_width)}"
+    return f"{figures}: {verdict(difference, 'holds', 'the opposite')}"
 
 
 def main(argv: list[str] | None = None) -> None:
