@@ -244,7 +244,7 @@ def temperatures_table(sweep: Sweep) -> str:
         [f"T = {temperature:g}", *(_cell(values(dpo, metric, temperature), metric) for metric in found)]
         for temperature in sorted(dpo[0].sampled)
     ]
-    return f"{_table(['α = 1, sampled at', *(metric.name for metric in found)], lines)}"
+    return _table(["α = 1, sampled at", *(metric.name for metric in found)], lines)
 
 
 def frontier_table(sweep: Sweep) -> str:
@@ -351,10 +351,8 @@ def _against_alpha(axis: Any, sweep: Sweep, shown: Sequence[Metric]) -> None:
 
 def _frontier(axis: Any, sweep: Sweep, x: Metric, y: Metric) -> None:
     dpo = sweep.runs[1.0]
-    temperatures = sorted(dpo[0].sampled)
-    curve = [
-        (statistics.fmean(values(dpo, x, t)), statistics.fmean(values(dpo, y, t)), t) for t in temperatures
-    ]  # fmt: skip
+    mean = lambda metric, temperature: statistics.fmean(values(dpo, metric, temperature))  # noqa: E731
+    curve = [(mean(x, temperature), mean(y, temperature), temperature) for temperature in sorted(dpo[0].sampled)]
     axis.plot([p[0] for p in curve], [p[1] for p in curve], ".-", color="0.5", label="α = 1 at temperatures")
     for across, up, temperature in (curve[0], curve[-1]):
         axis.annotate(f"T = {temperature:g}", (across, up), textcoords="offset points", xytext=(4, 4), color="0.4")
