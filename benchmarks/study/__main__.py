@@ -1,18 +1,18 @@
 """What does α do? The claims of H-DPO (arXiv 2411.07595), put to the test on tasks that a program can check.
 
     python -m benchmarks.study             on the CPU: the quickstart's task, five seeds
-    python -m benchmarks.study --larger    on a CUDA GPU: a Llama of 29M parameters, arithmetic in words
+    python -m benchmarks.study --larger    on a CUDA GPU: a Llama of 28M parameters, arithmetic in words
 
 Every seed has its own SFT model, pairs and held-out prompts, and every α of a seed starts from these: seeds are blocks,
 and all comparisons are made within them. Leaves <name>.md (the report; README.md has its beginning), <name>.png and
 <name>.json (all figures) in benchmarks/study, name: study or larger. A run that was stopped is gone on with (--work).
 
 The quickstart's task as it is leaves nothing to see: pass@8 is 99.9 % before H-DPO. So SFT is cut from 220 to 130
-steps, which leaves 39 to 54 % greedy accuracy and 75 to 89 % pass@8 before H-DPO with seeds 0 to 3 (125 steps: 14 to 43 % and
-65 to 80 %; 135 steps: 46 to 83 % and 85 to 95 %). β is 0.5 instead of 2: with 2 the mean margin before training,
-(α − 1)β(ρ_w − ρ_l), is +3.2 for α = 1.5, where a pair hardly weighs any more, and DPO itself moves little (greedy
-accuracy 21 to 45 %; with 0.5, 42 to 82 %). The learning rate stays: with 4e-4 instead of 1e-4, DPO made greedy accuracy
-worse (76 to 59 %). β and learning rate were tried with seed 0 alone, and 140 to 150 steps of SFT.
+steps, which leaves 39 to 54 % greedy accuracy and 75 to 89 % pass@8 before H-DPO with seeds 0 to 3 (125 steps: 14 to
+43 % and 65 to 80 %; 135 steps: 46 to 83 % and 85 to 95 %). β is 0.5 instead of 2: with 2 the mean margin before
+training, (α − 1)β(ρ_w − ρ_l), is +3.2 for α = 1.5, where a pair hardly weighs any more, and DPO itself moves little
+(greedy accuracy 21 to 45 %; with 0.5, 42 to 82 %). The learning rate stays: with 4e-4 instead of 1e-4, DPO made greedy
+accuracy worse (76 to 59 %). β and learning rate were tried with seed 0 alone, and 140 to 150 steps of SFT.
 """
 
 import argparse
