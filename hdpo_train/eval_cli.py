@@ -59,19 +59,27 @@ def main(argv: list[str]) -> None:
 
 
 def run(options: argparse.Namespace) -> list[Evaluation]:
-    """Everything that can be refused is refused before the first model is loaded. Raises ValueError, OSError."""
+    """Evaluations of models, then of ready-made samples. Raises ValueError, OSError.
+
+    What can be refused without a model is refused before the first is loaded.
+    """
     models, files = options.model_name_or_path, [Path(name) for name in options.samples]
     if not models and not files:
         raise ValueError("there is nothing to evaluate: give --model_name_or_path or --samples")
     names = _names([*models, *options.samples], options.names)
     problems = load_problems(options.prompts, prompt_column=options.prompt_column, limit=options.limit)
     checker = make_checker(options.checker, answer_column=options.answer_column, run_code=options.run_code)
-    for number, problem in enumerate(problems if options.checker != "unit_tests" else problems[:1], 1):
+    runs_code = options.checker.split(":")[0] not in ("gsm8k", "choice", "regex")
+    for number, problem in enumerate(problems[:1] if runs_code else problems, 1):
         judge(checker, problem, "", number)  # are the records what the checker needs?
     settings = _settings(options, options.num_samples)
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    ready_made = [read_samples(path, problems) for path in files]
+    ready_made = []
+    for path, name in zip(files, names[len(models) :], strict=True):
+        samples = read_samples(path, problems)
+        num_samples = max(sample.number for sample in samples) + 1
+        ready_made.append(grade(name, problems, checker, samples, _settings(options, num_samples)))
     samplers = []
     for model, name in zip(models, names, strict=False):
         tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
@@ -80,10 +88,7 @@ def run(options: argparse.Namespace) -> list[Evaluation]:
     evaluations = []
     for model, sampler in zip(models, samplers, strict=True):
         evaluations.append(grade(sampler.name, problems, checker, _samples(model, sampler, options), settings))
-    for name, samples in zip(names[len(models) :], ready_made, strict=True):
-        num_samples = max(sample.number for sample in samples) + 1
-        evaluations.append(grade(name, problems, checker, samples, _settings(options, num_samples)))
-    return evaluations
+    return evaluations + ready_made
 
 
 def load_problems(name: str, *, prompt_column: str = "prompt", limit: int | None = None) -> list[Problem]:

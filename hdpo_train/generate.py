@@ -57,7 +57,8 @@ class SamplingOptions:
 class Sampler:
     """Draws samples of every problem's prompt from one model, at every temperature.
 
-    problems: at least one. name: what to call the model in messages and in the file of samples.
+    problems: at least one. name: what to call the model in messages and in the file of samples. entropy: compute it, by
+    one more forward of the backbone over prompt and completion.
     Raises ValueError for a prompt without a token, or messages that the tokenizer's chat template refuses.
     """
 
@@ -68,10 +69,11 @@ class Sampler:
         options: SamplingOptions,
         *,
         name: str = "the model",
+        entropy: bool = True,
     ) -> None:
         if not problems:
             raise ValueError("there is no prompt to sample from")
-        self.tokenizer, self.options, self.name = tokenizer, options, name
+        self.tokenizer, self.options, self.name, self.entropy = tokenizer, options, name, entropy
         self.samples: list[Sample] = []  # drawn so far: by temperature, prompt, number
         self._prompts = digest([problem.prompt for problem in problems])
         self._prompt_ids = encode(problems, tokenizer)
@@ -106,7 +108,7 @@ class Sampler:
         finite. A head that is not softcap(scale · (h Wᵀ + b)) gives no entropy, and a warning.
         """
         _check_lengths(model, self._prompt_ids, self.options.max_new_tokens)
-        transform = _transform_or_warn(model)
+        transform = _transform_or_warn(model) if self.entropy else None
         progress = tqdm(
             total=len(self._batches), initial=self._num_drawn, desc=f"Sampling, {self.name}", unit="batch", leave=False
         )
@@ -148,7 +150,7 @@ def answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], options: SamplingOptions
 ) -> list[list[str]]:
     """Of every prompt its samples' texts."""
-    samples = Sampler([Problem(prompt, {}) for prompt in prompts], tokenizer, options).run(model)
+    samples = Sampler([Problem(prompt, {}) for prompt in prompts], tokenizer, options, entropy=False).run(model)
     texts: list[list[str]] = [[] for _ in prompts]
     for sample in samples:
         texts[sample.prompt].append(sample.completion)
@@ -208,7 +210,7 @@ def entropies(
     """Of every completion, the sum over its tokens of the entropy, nats, of the distribution they were drawn from.
 
     softmax(logits / T), exact, from one forward of the backbone and without logits: with softcap c and scale s,
-    logits / T = c / T · tanh(s / T · x / (c / T)).
+    logits / T = c / T · tanh(s / T · x / (c / T)). Logits are fp32, where a bf16 model's generate rounds them first.
     """
     inner, head = bare(model), head_of(bare(model))
     # padded on the right: positions count from each prompt's start, whatever the model makes of them
@@ -307,7 +309,7 @@ def _transform_or_warn(model: PreTrainedModel) -> HeadTransform | None:
 
 @contextmanager
 def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout, and with torch's random state as it was afterwards."""
+    """Without dropout; mode and torch's random state are restored."""
     training = model.training
     model.eval()
     try:
@@ -321,8 +323,10 @@ def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
 def _own_distribution(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
 ) -> Iterator[set[int]]:
-    """Set aside what the model's generation config says: top-k, penalties … would be taken from it where a call is
-    silent. Gives the tokens that end a text: those of that config, and the tokenizer's."""
+    """Set the model's generation config aside: what a call leaves out, such as penalties, would be taken from it.
+
+    Gives the tokens that end a text: those of that config, and the tokenizer's.
+    """
     inner: Any = bare(model)
     original = inner.generation_config
     ends = getattr(original, "eos_token_id", None)

@@ -146,7 +146,7 @@ def self_bleus(completions: Sequence[Sequence[str]]) -> NDArray[np.float64]:
     """(P,) mean BLEU, 0 … 1, of a prompt's samples against its others (Zhu et al., 2018: Self-BLEU).
 
     sacrebleu's sentence BLEU (up to 4-grams, of what lengths the text has; exponential smoothing), on at most
-    SELF_BLEU_SAMPLES samples a prompt.
+    SELF_BLEU_SAMPLES samples a prompt: about 0.1 s for 16 of 150 words.
     """
     bleu = sentence_bleu()
 

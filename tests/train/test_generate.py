@@ -126,6 +126,13 @@ def test_sampler_leaves_torchs_generator_and_the_models_mode_alone(tokenizer):
     ]
 
 
+def test_sampler_draws_the_same_without_entropy(tokenizer):
+    model = make_model(spread=5.0)
+    expected = Sampler(PROBLEMS, tokenizer, OPTIONS).run(model)
+    found = Sampler(PROBLEMS, tokenizer, OPTIONS, entropy=False).run(model)
+    assert found == [sample._replace(entropy=None) for sample in expected]
+
+
 def test_answers_groups_by_prompt(tokenizer):
     found = answers(make_model(spread=1.0), tokenizer, ["a", "b"], SamplingOptions(3, max_new_tokens=4))
     assert [len(texts) for texts in found] == [3, 3] and len(set(found[0])) > 1
