@@ -12,6 +12,7 @@ from benchmarks.table import RESULTS, Row, natural, read
 
 ROOT = Path(__file__).parent.parent
 SECTIONS = ("benchmarks", "sampled")
+STUDY = Path(__file__).parent / "study"
 READMES = (ROOT / "README.md", ROOT / "hdpo_kernels" / "README.md")
 
 
@@ -166,13 +167,33 @@ def _again(name: str, device: str) -> str:
     return f"python -m benchmarks --device {device}" + " --only sampled" * (name == "sampled")
 
 
+def study(folder: Path = STUDY) -> str:
+    """What README.md says of what α does: the beginning of each study's report, without its title."""
+    blocks = []
+    for name, command in (("study", "python -m benchmarks.study"), ("larger", "python -m benchmarks.study --larger")):
+        report = folder / f"{name}.md"
+        if not report.exists():
+            blocks.append(f"{'On CUDA' if name == 'larger' else 'On the CPU'}: not measured yet (`{command}`).")
+            continue
+        beginning = report.read_text(encoding="utf-8").split("\n## ")[0].split("\n", 1)[1].strip()
+        beginning = beginning.replace(f"]({name}.png)", f"](benchmarks/study/{name}.png)")
+        blocks += [beginning, f"[The report](benchmarks/study/{name}.md)."]
+    return "\n\n".join(blocks)
+
+
 def filled_in(text: str) -> str:
-    """The text with what stands between markers written anew: a section of all devices, or results/<name>.md."""
+    """The text with what stands between markers written anew: a section of all devices, the studies of α, or
+    results/<name>.md."""
 
     def content(marked: re.Match[str]) -> str:
         begin, name, end = marked.groups()
         file = RESULTS / f"{name}.md"
-        new = section(name) if name in SECTIONS else file.read_text(encoding="utf-8").strip()
+        if name in SECTIONS:
+            new = section(name)
+        elif name == "study":
+            new = study()
+        else:
+            new = file.read_text(encoding="utf-8").strip()
         return f"{begin}\n{new}\n{end}"
 
     return re.sub(r"(<!-- (\S+): begin -->)\n.*?(<!-- \2: end -->)", content, text, flags=re.DOTALL)

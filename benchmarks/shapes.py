@@ -97,7 +97,7 @@ def _quickstart_problem(sft_steps: int, dtype: torch.dtype, device: str) -> Prob
     settings = quickstart.Settings(sft_steps=sft_steps)
     taught, prompts = task.split_prompts(settings.held_out, settings.seed)
     model, tokenizer = quickstart.sft(taught, settings)
-    options = SamplingOptions(1, max_new_tokens=quickstart.MAX_NEW_TOKENS, batch_size=1024, seed=settings.seed)
+    options = SamplingOptions(1, max_new_tokens=quickstart.task.MAX_NEW_TOKENS, batch_size=1024, seed=settings.seed)
     drawn = answers(model, tokenizer, prompts, options)
     rng = random.Random(settings.seed)
     demonstrated = [task.demonstrate(prompt, rng) for prompt in prompts]

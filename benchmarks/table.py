@@ -59,7 +59,7 @@ class Table:
         row = dict.fromkeys(COLUMNS, "")
         row.update(question=question, shape=shape, contestant=contestant, peer=installed(package), **values)
         row.update(device=device_name(self.device), torch=installed("torch"), triton=installed("triton"))
-        row.update(commit=_commit(), time=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+        row.update(commit=commit(), time=datetime.now(timezone.utc).isoformat(timespec="seconds"))
         self.rows.append(row)
 
 
@@ -94,8 +94,8 @@ def device_name(device: str) -> str:
 
 
 @functools.cache
-def _commit() -> str:
+def commit() -> str:
     git = ["git", "-C", str(Path(__file__).parent)]
     run = lambda *args: subprocess.run([*git, *args], capture_output=True, text=True).stdout.strip()  # noqa: E731
-    dirty = run("status", "--porcelain", "--untracked-files=no", "--", ":!results")
+    dirty = run("status", "--porcelain", "--untracked-files=no", "--", ":!results", ":!study/*.md", ":!study/*.json")
     return (run("rev-parse", "--short", "HEAD") or "unknown") + ("+" if dirty else "")

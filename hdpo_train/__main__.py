@@ -30,6 +30,7 @@ Trains a causal language model on preference pairs with H-DPO: DPO with control 
   hdpo-train run.yaml --learning_rate 5e-7            the options of a YAML file, some overridden
   hdpo-train … --resume_from_checkpoint               go on from the last whole checkpoint in output_dir, or start if
                                                       there is none: the same command after any crash
+  hdpo-train sweep --alpha 0.8,0.9,1.1 --seeds 3      several α and seeds, each evaluated, and one report (sweep --help)
   hdpo-train plan …                                   the same options: what memory and time a step will need; of the
                                                       model only its config is read, and no data
   hdpo-train eval …                                   accuracy, pass@k, diversity and entropy of models on a file of
@@ -38,7 +39,11 @@ Trains a causal language model on preference pairs with H-DPO: DPO with control 
 Records: {"prompt", "chosen", "rejected"} as strings or chat messages; the prompt may be left out where both completions
 begin with it. A run leaves the model, metrics.jsonl and report.png in output_dir.
 """
-_COMMANDS = {"quickstart": "hdpo_train.quickstart", "eval": "hdpo_train.eval_cli"}  # each module has main(argv)
+_COMMANDS = {  # each module has main(argv)
+    "quickstart": "hdpo_train.quickstart",
+    "eval": "hdpo_train.eval_cli",
+    "sweep": "hdpo_train.sweep",
+}
 _COMMON = (
     "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "bf16", "fp16",
@@ -68,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         command, argv = plan, argv[1:]
     if not argv:
         _fail("plan needs the options of a run: hdpo-train plan --model_name_or_path MODEL --max_length 2048 …")
-    script, args = _parse(parser, argv)
+    script, args = parse_options(argv)
     try:
         command(script, args)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
@@ -83,6 +88,25 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(script: ScriptArguments, args: HDPOConfig) -> HDPOTrainer:
     """A run of the command line, from names to a saved model."""
+    trainer = make_trainer(script, args)
+    if trainer.is_world_process_zero():
+        start = trainer.start
+        print(
+            f"{start['pairs']} pairs. Margin before training (0 for α = 1): mean {start['initial_margin']:+.3f}, "
+            f"largest {start['initial_margin_largest']:.3f}"
+        )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        folder = Path(str(args.output_dir))
+        if trainer.entropy_control is not None:
+            print(trainer.entropy_control.describe())
+        print(f"model: {folder}   metrics: {folder / METRICS_FILE}   plots: {folder / REPORT_FILE}")
+    return trainer
+
+
+def make_trainer(script: ScriptArguments, args: HDPOConfig) -> HDPOTrainer:
+    """Model and data loaded by their names, reference log-probs computed or read."""
     if script.model_name_or_path is None or script.dataset_name is None:
         raise ValueError(
             "--model_name_or_path and --dataset_name are needed to train (with no option at all: the quickstart)"
@@ -103,7 +127,7 @@ def train(script: ScriptArguments, args: HDPOConfig) -> HDPOTrainer:
         init_kwargs["attn_implementation"] = script.attn_implementation
     if isinstance(args.model_init_kwargs, dict):
         init_kwargs |= args.model_init_kwargs
-    trainer = HDPOTrainer(
+    return HDPOTrainer(
         model=load_model(script.model_name_or_path, init_kwargs),
         args=args,
         train_dataset=train_records,
@@ -111,20 +135,6 @@ def train(script: ScriptArguments, args: HDPOConfig) -> HDPOTrainer:
         processing_class=tokenizer,
         peft_config=_lora(script) if script.use_peft else None,
     )
-    if trainer.is_world_process_zero():
-        start = trainer.start
-        print(
-            f"{start['pairs']} pairs. Margin before training (0 for α = 1): mean {start['initial_margin']:+.3f}, "
-            f"largest {start['initial_margin_largest']:.3f}"
-        )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        folder = Path(str(args.output_dir))
-        if trainer.entropy_control is not None:
-            print(trainer.entropy_control.describe())
-        print(f"model: {folder}   metrics: {folder / METRICS_FILE}   plots: {folder / REPORT_FILE}")
-    return trainer
 
 
 def plan(script: ScriptArguments, args: HDPOConfig) -> None:
@@ -167,8 +177,9 @@ def _parser() -> HfArgumentParser:
     return parser
 
 
-def _parse(parser: HfArgumentParser, argv: list[str]) -> tuple[ScriptArguments, HDPOConfig]:
-    """Flags over the YAML file's values over defaults."""
+def parse_options(argv: list[str]) -> tuple[ScriptArguments, HDPOConfig]:
+    """Flags over the YAML file's values over defaults. Ends the program for an option that does not exist."""
+    parser = _parser()
     if argv[0].endswith((".yaml", ".yml")):
         parser.set_defaults(**_read_yaml(argv[0]))
         argv = argv[1:]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from datasets import Dataset
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -31,9 +31,20 @@ from hdpo_train.scores import Evaluation, as_json
 from hdpo_train.trainer import HDPOTrainer
 
 SETTINGS_FILE, RESULTS_FILE, TABLE_FILE = "settings.json", "results.json", "results.md"
-MAX_NEW_TOKENS = 3 * task.MOST + 2  # the longest right answer, its end, and one more
 BATCH_SIZE = 1024  # samples at a time
 K = 8  # of pass@k
+
+
+class Task(Protocol):
+    """Prompts with answers that a program can make and check: the module `hdpo_train.quickstart.task`, or another."""
+
+    TITLE: str
+    MAX_NEW_TOKENS: int  # that a right answer and its end may take
+    MAX_LENGTH: int  # tokens of prompt and answer
+
+    def split_prompts(self, num_held_out: int, seed: int) -> tuple[list[str], list[str]]: ...  # training, held-out
+    def demonstrate(self, prompt: str, rng: random.Random) -> str: ...
+    def is_right(self, prompt: str, answer: str) -> bool: ...
 
 
 @dataclass
@@ -45,6 +56,7 @@ class Settings:
     beta: float = 2.0
     hidden_size: int = 96
     num_layers: int = 2
+    vocab_size: int = 320
     sft_steps: int = 220
     sft_batch_size: int = 128
     sft_learning_rate: float = 3e-3
@@ -111,26 +123,33 @@ def run(folder: Path, settings: Settings) -> dict[str, Evaluation]:
     return results
 
 
-def sft(prompts: list[str], settings: Settings) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def sft(
+    prompts: list[str], settings: Settings, task: Task = task, device: str = "cpu"
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     rng = random.Random(settings.seed)
-    tokenizer = train_tokenizer([prompt + task.demonstrate(prompt, rng) for prompt in prompts])
-    model = new_model(tokenizer, settings.hidden_size, settings.num_layers, settings.seed)
+    tokenizer = train_tokenizer([prompt + task.demonstrate(prompt, rng) for prompt in prompts], settings.vocab_size)
+    model = new_model(tokenizer, settings.hidden_size, settings.num_layers, task.MAX_LENGTH, settings.seed)
+    model.to(device)  # type: ignore[arg-type]
     teach(
-        model, tokenizer, prompts, steps=settings.sft_steps, batch_size=settings.sft_batch_size,
+        model, tokenizer, prompts, task.demonstrate, steps=settings.sft_steps, batch_size=settings.sft_batch_size,
         learning_rate=settings.sft_learning_rate, seed=settings.seed,
     )  # fmt: skip
     return model, tokenizer
 
 
 def make_pairs(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], settings: Settings
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[str],
+    settings: Settings,
+    task: Task = task,
 ) -> list[dict[str, str]]:
     asked = prompts[: settings.pair_prompts]
     options = SamplingOptions(
-        settings.samples_per_prompt, max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH_SIZE, seed=settings.seed
+        settings.samples_per_prompt, max_new_tokens=task.MAX_NEW_TOKENS, batch_size=BATCH_SIZE, seed=settings.seed
     )
     drawn = answers(model, tokenizer, asked, options)
-    records = judge(asked, drawn, settings.pairs_per_prompt, settings.seed)
+    records = judge(asked, drawn, settings.pairs_per_prompt, settings.seed, task.is_right)
     if not records:
         raise ValueError("the model gave no prompt both a right and a wrong answer: there is nothing to prefer")
     return records
@@ -146,14 +165,8 @@ def train(
 ) -> HDPOTrainer:
     """H-DPO of `model` itself; options: of HDPOConfig, beside those of the settings."""
     args = HDPOConfig(
+        **training_options(settings),
         output_dir=str(folder),
-        beta=settings.beta,
-        learning_rate=settings.learning_rate,
-        per_device_train_batch_size=settings.batch_size,
-        num_train_epochs=settings.epochs,
-        warmup_steps=5,
-        logging_steps=5,
-        save_strategy="no",
         use_cpu=True,
         bf16=False,
         disable_tqdm=False,
@@ -169,6 +182,19 @@ def train(
     return trainer
 
 
+def training_options(settings: Settings) -> dict[str, Any]:
+    """Options of `hdpo-train` for this task, whatever the device."""
+    return {
+        "beta": settings.beta,
+        "learning_rate": settings.learning_rate,
+        "per_device_train_batch_size": settings.batch_size,
+        "num_train_epochs": settings.epochs,
+        "warmup_steps": 5,
+        "logging_steps": 5,
+        "save_strategy": "no",
+    }
+
+
 def measure(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -177,7 +203,7 @@ def measure(
     name: str = "the model",
 ) -> Evaluation:
     options = EvalOptions(
-        settings.eval_samples, max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH_SIZE, seed=settings.seed, k=(K,),
+        settings.eval_samples, max_new_tokens=task.MAX_NEW_TOKENS, batch_size=BATCH_SIZE, seed=settings.seed, k=(K,),
         self_bleu=False,
     )  # fmt: skip
     problems = [Problem(prompt, {}) for prompt in held_out]

@@ -10,6 +10,9 @@ from collections import Counter
 
 COLOURS = ("red", "blue", "green", "gold", "black", "white", "pink", "grey")
 MOST = 4  # beads of one colour
+MAX_NEW_TOKENS = 3 * MOST + 2  # the longest right answer, its end, and one more
+MAX_LENGTH = 64  # tokens of prompt and answer, whatever the tokenizer made of the words
+TITLE = "Stringing beads of given colours in any order"
 STAYS = 0.5  # how often a demonstration takes the same colour again, where it could also change
 EXPLANATION = "String beads of the given colours in any order: '{prompt}' has {count} right answers, one is '{answer}'."
 

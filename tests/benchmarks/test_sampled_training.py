@@ -1,29 +1,12 @@
-"""The study of training with the sampled gradient: its test on numbers worked by hand, and all of it at a tiny size."""
-
-import math
+"""The study of training with the sampled gradient: what it says of known figures, and all of it at a tiny size."""
 
 import pytest
 
 from benchmarks import report, sampled_training
-from benchmarks.sampled_training import EXACT, NAME, REORDERED, UNITS, Paired, paired
+from benchmarks.sampled_training import EXACT, NAME, REORDERED, UNITS
 from benchmarks.table import Table, read
 
 SAMPLED = "sampled, ε=1/8"
-
-
-def test_paired_is_the_t_test():
-    # differences 1 … 5: mean 3, standard deviation √2.5, standard error √0.5
-    result = paired([11, 22, 33, 44, 55], [10, 20, 30, 40, 50])
-    assert result.mean == 3
-    assert result.t == pytest.approx(3 * math.sqrt(2), rel=1e-12)  # 4.243 < 4.604
-    assert result.half_width == pytest.approx(4.604 * math.sqrt(0.5), rel=1e-12)
-    assert not result.differs
-    assert paired([12, 22, 33, 44, 54], [10, 20, 30, 40, 50]).differs  # 2, 2, 3, 4, 4: t = 3 / √0.2 = 6.7
-
-
-def test_paired_without_spread():
-    assert paired([1.0, 1.0], [1.0, 1.0]) == Paired(0.0, 0.0, 0.0)
-    assert paired([1.0, 1.0], [2.0, 2.0]).t == -math.inf and paired([1.0, 1.0], [2.0, 2.0]).differs
 
 
 def test_markdown_names_what_differs(capsys):

@@ -1,0 +1,100 @@
+"""What a few seeds can show: Student's t intervals, paired differences, Page's trend test. Exact, in plain Python."""
+
+import math
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+
+class Interval(NamedTuple):
+    """mean ± half_width: Student's t confidence interval of a mean over seeds."""
+
+    mean: float
+    half_width: float
+    t: float  # mean / its standard error
+
+    @property
+    def excludes_zero(self) -> bool:
+        return abs(self.mean) > self.half_width  # which is |t| > critical value, and defined without any spread
+
+
+class Trend(NamedTuple):
+    statistic: float  # Page's L
+    p_value: float  # of an L as large where no order of a block is more likely than another; one-sided, exact
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Of the mean of at least two values, one a seed."""
+    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+    t = mean / error if error else math.copysign(math.inf, mean) if mean else 0.0
+    return Interval(mean, critical_t(len(values) - 1, level) * error, t)
+
+
+def paired(values: Sequence[float], others: Sequence[float], level: float = 0.95) -> Interval:
+    """values − others, which belong together one by one; a paired t-test where the interval is asked for zero."""
+    return interval([value - other for value, other in zip(values, others, strict=True)], level)
+
+
+def critical_t(degrees: int, level: float) -> float:
+    """t with P(|T| < t) = level for Student's T with so many degrees of freedom, to about 12 digits."""
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):  # bisection of atan(t / √degrees)
+        angle = (low + high) / 2
+        low, high = (angle, high) if _probability(angle, degrees) < level else (low, angle)
+    return math.sqrt(degrees) * math.tan(low)
+
+
+def _probability(angle: float, degrees: int) -> float:
+    """P(|T| < √degrees · tan(angle)): the finite sums of Abramowitz & Stegun 26.7.3 and 26.7.4."""
+    odd = degrees % 2
+    term, total = (math.cos(angle) if odd else 1.0), 0.0
+    for i in range(odd + 1, degrees, 2):
+        total += term
+        term *= i / (i + 1) * math.cos(angle) ** 2
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if odd else total
+
+
+def page_trend(blocks: Sequence[Sequence[float]]) -> Trend:
+    """Do values rise along a block? blocks: one a seed, each with its values in the order in question.
+
+    L = Σ_j j · (sum over blocks of the rank of value j); ties get the mean of their ranks. E. B. Page, "Ordered
+    hypotheses for multiple treatments", JASA 58 (1963). The p-value counts the orders of every block: exact, with ties
+    too, and for any number of blocks.
+    """
+    if not blocks or len(blocks[0]) < 2 or len({len(block) for block in blocks}) > 1:
+        raise ValueError(f"a trend needs blocks of one length, at least 2, got lengths {[len(b) for b in blocks]}")
+    observed = Fraction(0)
+    null = Counter({Fraction(0): 1})  # L -> orders of the blocks so far that give it
+    for block in blocks:
+        ranks = _ranks(block)
+        observed += sum(position * rank for position, rank in enumerate(ranks, 1))
+        orders = _orders(ranks)
+        following: Counter[Fraction] = Counter()
+        for total, ways in null.items():
+            for more, each in orders.items():
+                following[total + more] += ways * each
+        null = following
+    as_large = sum(ways for total, ways in null.items() if total >= observed)
+    return Trend(float(observed), as_large / sum(null.values()))
+
+
+def _ranks(values: Sequence[float]) -> list[Fraction]:
+    """1 for the smallest; equal values share the mean of their ranks."""
+    return [Fraction(1 + 2 * sum(v < value for v in values) + sum(v == value for v in values), 2) for value in values]
+
+
+def _orders(ranks: Sequence[Fraction]) -> Counter[Fraction]:
+    """Σ_j j · rank_j -> how many orders of the ranks give it."""
+    placed = {0: Counter({Fraction(0): 1})}  # set of ranks in the first positions, as bits -> sums
+    for position in range(1, len(ranks) + 1):
+        following: dict[int, Counter[Fraction]] = defaultdict(Counter)
+        for used, sums in placed.items():
+            for index, rank in enumerate(ranks):
+                if not used >> index & 1:
+                    for total, ways in sums.items():
+                        following[used | 1 << index][total + position * rank] += ways
+        placed = following
+    return placed[(1 << len(ranks)) - 1]

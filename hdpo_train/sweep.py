@@ -1,0 +1,415 @@
+"""hdpo-train sweep: one model, several α, several seeds. What does α do, and can temperature alone do it?
+
+    model, pairs ── H-DPO, every α and seed ──> models ── evaluate ──> evaluations ──> sweep.md, sweep.png
+
+    sweep.json                settings, α, seeds
+    base/                     the model before training: its evaluation; of the built-in task also model and pairs
+    reference/                cached reference log-probs, of all runs
+    alpha-0.8/seed-0/         a run: model, metrics.jsonl, report.png, samples.jsonl, evaluation.json
+
+A model's folder has its name once the model is whole (before: *.partial), and an evaluation.json once that is: what is
+there is not done again.
+"""
+
+import argparse
+import gc
+import json
+import math
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from transformers import PrinterCallback
+from transformers.utils import logging
+
+from hdpo_train import quickstart, sweep_report
+from hdpo_train.checkers import Checker, Problem, make_checker
+from hdpo_train.config import HDPOConfig, ScriptArguments
+from hdpo_train.eval_cli import DEFAULT_K, load_problems
+from hdpo_train.evaluate import EvalOptions, evaluate, judge
+from hdpo_train.scores import Evaluation
+from hdpo_train.sweep_report import Sweep
+from hdpo_train.trainer import load_model, load_tokenizer
+
+SWEEP_FILE, PAIRS_FILE, PROMPTS_FILE = "sweep.json", "pairs.jsonl", "prompts.jsonl"
+EVALUATION_FILE, SAMPLES_FILE = "evaluation.json", "samples.jsonl"
+ALPHAS = (0.8, 0.9, 1.0, 1.1, 1.2)
+SET_BY_THE_SWEEP = {
+    "--seed", "--ref_cache_dir", "--overwrite_output_dir", "--resume_from_checkpoint", "--disable_tqdm",
+}  # fmt: skip
+TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.3)  # of the baseline, beside 1
+_EXAMPLES = """\
+Trains with several α and seeds from one model, evaluates every run, and reports what α does: accuracy, pass@k,
+diversity and entropy against α with intervals over seeds, a test of "entropy rises with α", and every α beside the
+α = 1 model at other temperatures: can temperature alone do it?
+
+  hdpo-train sweep                                    the quickstart's task: an SFT model and pairs are made once
+  hdpo-train sweep --model_name_or_path MODEL --dataset_name pairs.jsonl --prompts test.jsonl --checker gsm8k \\
+      --alpha 0.9,0.95,1,1.05 --seeds 3 --learning_rate 5e-7 --beta 0.1
+                                                      your model; what is not listed below is an option of hdpo-train
+  hdpo-train sweep --alpha 0.7 --seeds 5              the same folder again: only what is new is run
+
+It can be stopped and started again at any time. sweep.md and sweep.png in the folder are the report.
+"""
+
+
+class Base(NamedTuple):
+    """What the runs of a seed start from."""
+
+    model: str  # a folder or a hub id
+    pairs: str  # a file or a hub id
+    problems: Sequence[Problem]  # to evaluate on
+
+
+class Source(Protocol):
+    """Where a sweep's model and pairs come from."""
+
+    @property
+    def title(self) -> str: ...  # of the report
+
+    @property
+    def per_seed(self) -> bool: ...  # a model and pairs for every seed, or one for all
+
+    @property
+    def checker(self) -> Checker: ...
+
+    def settings(self) -> dict[str, Any]:
+        """Option -> value: what a sweep that is gone on with must have in common."""
+
+    def base(self, folder: Path, seed: int) -> Base:
+        """Made in the folder if it is not there yet."""
+
+
+@dataclass(frozen=True)
+class OwnModel:
+    """A model and pairs that exist."""
+
+    model: str
+    pairs: str
+    prompts: str
+    spec: str  # of the checker
+    checker: Checker
+    problems: Sequence[Problem]
+    per_seed: bool = False
+
+    @property
+    def title(self) -> str:
+        return f"{self.model} on {self.pairs}, evaluated on the {len(self.problems)} prompts of {self.prompts}"
+
+    def settings(self) -> dict[str, Any]:
+        names = {"model": "model_name_or_path", "pairs": "dataset_name", "prompts": "prompts", "spec": "checker"}
+        return {option: getattr(self, name) for name, option in names.items()}
+
+    def base(self, folder: Path, seed: int) -> Base:
+        return Base(self.model, self.pairs, self.problems)
+
+
+@dataclass(frozen=True)
+class TaskModel:
+    """An SFT model of a built-in task, and pairs of its own answers."""
+
+    task: quickstart.Task
+    task_settings: quickstart.Settings
+    per_seed: bool
+    device: str = "cpu"  # of SFT and of the pairs' samples
+
+    @property
+    def title(self) -> str:
+        return f"{self.task.TITLE}, evaluated on {self.task_settings.held_out} held-out prompts"
+
+    @property
+    def checker(self) -> Checker:
+        return lambda problem, completion: self.task.is_right(str(problem.prompt), completion)
+
+    def settings(self) -> dict[str, Any]:
+        return {"sft_per_seed": self.per_seed, **{f"task.{k}": v for k, v in asdict(self.task_settings).items()}}
+
+    def base(self, folder: Path, seed: int) -> Base:
+        if not folder.exists():
+            settings = replace(self.task_settings, seed=seed) if self.per_seed else self.task_settings
+            prompts, held_out = self.task.split_prompts(settings.held_out, settings.seed)
+            partial = _partial(folder)
+            shutil.rmtree(partial, ignore_errors=True)
+            model, tokenizer = quickstart.sft(prompts, settings, self.task, self.device)
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            pairs = quickstart.make_pairs(model, tokenizer, prompts, settings, self.task)
+            for name, records in ((PAIRS_FILE, pairs), (PROMPTS_FILE, [{"prompt": prompt} for prompt in held_out])):
+                lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+                (partial / name).write_text("".join(lines), encoding="utf-8")
+            os.replace(partial, folder)
+        return Base(str(folder), str(folder / PAIRS_FILE), load_problems(str(folder / PROMPTS_FILE)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to train and to measure. training: options of `hdpo-train`, as words of its command line.
+
+    Raises ValueError for an α that is not positive, and for no seed.
+    """
+
+    alphas: tuple[float, ...] = ALPHAS
+    seeds: int = 3
+    training: tuple[str, ...] = ()
+    evaluation: EvalOptions = field(default_factory=EvalOptions)  # its temperatures: the baseline's; 1 is one of them
+
+    def __post_init__(self) -> None:
+        if bad := [alpha for alpha in self.alphas if not 0 < alpha < math.inf]:
+            raise ValueError(f"alpha must be a positive number, got {bad[0]:g}")
+        if bad := [alpha for alpha in self.alphas if alpha != float(f"{alpha:g}")]:
+            raise ValueError(f"alpha must have at most six digits, which name the folders of its runs, got {bad[0]}")
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+
+    def settings(self) -> dict[str, Any]:
+        """What must be the same in all runs: training options that are not the default, and all of the evaluation."""
+        script, args = _parse([*self.training, "--output_dir", "sweep"])
+        if args.alpha_schedule != "constant" or args.target_entropy is not None:
+            raise ValueError("a sweep compares runs of constant alpha: leave out alpha_schedule and target_entropy")
+        chosen: dict[str, Any] = {}
+        for given, default in ((script, ScriptArguments()), (args, HDPOConfig(output_dir="sweep"))):
+            values = ((each.name, getattr(given, each.name)) for each in fields(given))
+            chosen |= {name: value for name, value in values if value != getattr(default, name)}
+        evaluation = asdict(self.evaluation)
+        del evaluation["seed"]  # that of the run
+        return {**chosen, **evaluation}
+
+
+def sweep(folder: Path, source: Source, plan: Plan) -> Sweep:
+    """All runs that are not in the folder yet, and the report of all that are. α = 1 is always among them.
+
+    Raises ValueError, naming the options, if the folder holds a sweep of other settings, FileExistsError if it holds
+    something else, and FloatingPointError, naming the run, if one diverges.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("a sweep runs in one process: start it without accelerate launch or torchrun")
+    plan = _claim(folder, source, plan)
+    jobs: list[tuple[float | None, int]] = []  # (α, seed); without α: the model before training
+    for seed in range(plan.seeds):
+        jobs += [(None, seed)] if source.per_seed or seed == 0 else []
+        jobs += [(alpha, seed) for alpha in plan.alphas]
+    base: list[Evaluation] = []
+    runs: dict[float, list[Evaluation]] = {alpha: [] for alpha in plan.alphas}
+    durations: list[float] = []  # of those that were not there
+    for number, (alpha, seed) in enumerate(jobs, 1):
+        job = _Job(alpha, seed, folder, source, plan)
+        if not job.is_done:
+            left = (len(jobs) - number + 1) * statistics.fmean(durations) if durations else None
+            time_left = f"; about {_duration(left)} left" if left else ""
+            print(f"{number} of {len(jobs)}: {job.name}{time_left}", flush=True)
+            started = time.perf_counter()
+            job.run()
+            durations.append(time.perf_counter() - started)
+        (base if alpha is None else runs[alpha]).append(Evaluation.load(job.folder / EVALUATION_FILE))
+    print(f"{len(jobs)} models evaluated, {len(jobs) - len(durations)} of them before")
+    result = Sweep(source.title, source.per_seed, base, runs)
+    sweep_report.write(result, folder)
+    return result
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A model to be made and evaluated: of an α and a seed, or without α the one before training."""
+
+    alpha: float | None
+    seed: int
+    sweep: Path
+    source: Source
+    plan: Plan
+
+    @property
+    def name(self) -> str:
+        name = "before training" if self.alpha is None else f"α = {self.alpha:g}"
+        return name if self.alpha is None and not self.source.per_seed else f"{name}, seed {self.seed}"
+
+    @property
+    def base_folder(self) -> Path:
+        return self.sweep / "base" / f"seed-{self.seed}" if self.source.per_seed else self.sweep / "base"
+
+    @property
+    def folder(self) -> Path:
+        return self.base_folder if self.alpha is None else self.sweep / f"alpha-{self.alpha:g}" / f"seed-{self.seed}"
+
+    @property
+    def is_done(self) -> bool:
+        return (self.folder / EVALUATION_FILE).exists()
+
+    def run(self) -> None:
+        base = self.source.base(self.base_folder, self.seed)
+        if self.alpha is not None and not self.folder.exists():
+            self._train(base, self.alpha)
+        self._evaluate(base)
+        gc.collect()  # trainers are in cycles, which hold their models
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _train(self, base: Base, alpha: float) -> None:
+        """As `hdpo-train` with these options; one that was killed goes on from its last checkpoint, if it wrote any."""
+        from hdpo_train.__main__ import make_trainer
+
+        partial = _partial(self.folder)
+        started_before = partial.exists()
+        options = {
+            "model_name_or_path": base.model, "dataset_name": base.pairs, "alpha": alpha, "seed": self.seed,
+            "output_dir": partial, "ref_cache_dir": self.sweep / "reference", "disable_tqdm": True,
+            "overwrite_output_dir": True,
+        }  # fmt: skip
+        try:
+            trainer = make_trainer(*_parse([*self.plan.training, *words(options)]))
+            trainer.remove_callback(PrinterCallback)  # metrics.jsonl has every log line
+            trainer.train(resume_from_checkpoint=started_before)
+            trainer.save_model()
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{self.name}: {error}") from error
+        os.replace(partial, self.folder)
+
+    def _evaluate(self, base: Base) -> None:
+        plan, name = self.plan, base.model if self.alpha is None else str(self.folder)
+        script, args = _parse([*plan.training, "--output_dir", str(self.folder)])
+        remote_code = {"trust_remote_code": script.trust_remote_code}
+        model: Any = load_model(name, {"dtype": script.dtype, **remote_code})
+        model.to(args.device)
+        temperatures = plan.evaluation.temperatures if self.alpha == 1 else (1.0,)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        evaluation = evaluate(
+            model, load_tokenizer(name, **remote_code), base.problems, self.source.checker,
+            replace(plan.evaluation, temperatures=temperatures, seed=self.seed),
+            name=self.name, samples_file=self.folder / SAMPLES_FILE,
+        )  # fmt: skip
+        partial = _partial(self.folder / EVALUATION_FILE)
+        evaluation.save(partial)
+        os.replace(partial, self.folder / EVALUATION_FILE)
+
+
+def _claim(folder: Path, source: Source, plan: Plan) -> Plan:
+    """The plan, with the α and seeds that the folder's sweep has already."""
+    temperatures = tuple(sorted({1.0, *plan.evaluation.temperatures}))
+    plan = replace(plan, evaluation=replace(plan.evaluation, temperatures=temperatures))
+    settings = json.loads(json.dumps({**source.settings(), **plan.settings()}, default=str))
+    path = folder / SWEEP_FILE
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        different = []
+        for name in sorted(settings | found["settings"]):
+            before, now = (each.get(name, "the default") for each in (found["settings"], settings))
+            if before != now:
+                different.append(f"{name} = {before}, this call has {name} = {now}")
+        if different:
+            raise ValueError(
+                f"{folder} holds a sweep with {'; '.join(different)}: give that as it was, or choose another "
+                "--output_dir"
+            )
+        plan = replace(plan, alphas=(*plan.alphas, *found["alphas"]), seeds=max(plan.seeds, found["seeds"]))
+    elif folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds something that is not a sweep: choose another --output_dir")
+    plan = replace(plan, alphas=tuple(sorted({1.0, *plan.alphas})))
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"alphas": plan.alphas, "seeds": plan.seeds, "settings": settings}, indent=2, ensure_ascii=False)
+    _partial(path).write_text(text + "\n", encoding="utf-8")
+    os.replace(_partial(path), path)
+    return plan
+
+
+def main(argv: list[str]) -> None:
+    options, training = _parser().parse_known_args(argv)
+    for word in training:
+        if word.split("=")[0] in SET_BY_THE_SWEEP:
+            raise ValueError(f"{word.split('=')[0]} is set by the sweep for every run: leave it out")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    folder = Path(options.output_dir)
+    own = (options.model_name_or_path, options.dataset_name, options.prompts, options.checker)
+    source: Source
+    if any(own):
+        if not all(own) or options.sft_per_seed:
+            raise ValueError(
+                "a model of your own needs --model_name_or_path, --dataset_name, --prompts and --checker, and no "
+                "--sft_per_seed; without all of these the built-in task is taken"
+            )
+        checker = make_checker(options.checker, answer_column=options.answer_column, run_code=options.run_code)
+        problems = load_problems(options.prompts, prompt_column=options.prompt_column)
+        for number, problem in enumerate(problems if options.checker != "unit_tests" else problems[:1], 1):
+            judge(checker, problem, "", number)  # are the records what the checker needs?
+        source, max_new_tokens, batch_size = OwnModel(*own, checker, problems), 256, 64
+    else:
+        settings = quickstart.Settings()
+        source = TaskModel(quickstart.task, settings, options.sft_per_seed)
+        training = [*words({**quickstart.training_options(settings), "use_cpu": True, "bf16": False}), *training]
+        max_new_tokens, batch_size = quickstart.task.MAX_NEW_TOKENS, quickstart.BATCH_SIZE
+    evaluation = EvalOptions(
+        options.num_samples, options.temperatures, options.max_new_tokens or max_new_tokens,
+        options.batch_size or batch_size, k=options.k or tuple(k for k in DEFAULT_K if k <= options.num_samples),
+        self_bleu=options.self_bleu,
+    )  # fmt: skip
+    if 1.0 not in options.alpha:
+        print("α = 1 (DPO), which the others are compared with, is added.")
+    result = sweep(folder, source, Plan(options.alpha, options.seeds, tuple(training), evaluation))
+    print(f"\n{sweep_report.markdown(result)}\n\n{folder / sweep_report.REPORT_FILE}, {sweep_report.PLOT_FILE}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    def alphas(text: str) -> tuple[float, ...]:
+        return tuple(float(word) for word in text.split(","))
+
+    parser = argparse.ArgumentParser(
+        prog="hdpo-train sweep",
+        usage="hdpo-train sweep [--alpha 0.8,1,1.2] [--seeds N] [--option value …] [options of hdpo-train]",
+        description=_EXAMPLES,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=118),
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--alpha", type=alphas, default=ALPHAS, metavar="α,α…", help=f"1 is added [{','.join(map(str, ALPHAS))}]")
+    add("--seeds", type=int, default=3, metavar="N", help="runs of every α, seeds 0 … N − 1 [3]")
+    add("--output_dir", default="sweep", metavar="FOLDER", help="a sweep in it is gone on with [sweep]")
+    add("--sft_per_seed", action="store_true", help="built-in task: every seed has an SFT model and pairs of its own")
+    group = parser.add_argument_group("a model of your own")
+    add = group.add_argument
+    add("--model_name_or_path", metavar="MODEL", help="a local folder or a hub id")
+    add("--dataset_name", metavar="PAIRS", help="preference pairs: a JSONL or Parquet file, or a hub id")
+    add("--prompts", metavar="FILE", help="to evaluate on: JSONL with a column prompt, and what the checker needs")
+    add("--checker", metavar="SPEC", help="gsm8k, choice, regex:PATTERN, file.py:function, unit_tests (eval --help)")
+    add("--prompt_column", default="prompt", metavar="COLUMN", help="of prompts [prompt]")
+    add("--answer_column", default="answer", metavar="COLUMN", help="of right answers [answer]")
+    add("--run_code", action="store_true", help="let unit_tests run what the model wrote")
+    group = parser.add_argument_group("evaluation of every run: greedy, and samples at temperature 1")
+    add = group.add_argument
+    add("--num_samples", type=int, default=16, metavar="N", help="of every prompt [16]")
+    add("--k", type=int, nargs="+", metavar="K", help="of pass@k [those of 1 4 8 that num_samples allows]")
+    add("--temperatures", type=float, nargs="+", default=TEMPERATURES, metavar="T",
+        help=f"of the baseline, the α = 1 models; 1 is added [{' '.join(map(str, TEMPERATURES))}]")  # fmt: skip
+    add("--max_new_tokens", type=int, metavar="N", help="of a sample [256; built-in task: what an answer needs]")
+    add("--batch_size", type=int, metavar="N", help="samples at a time [64; built-in task: 1024]")
+    add("--self_bleu", action="store_true", help="measure it too: slow, and needs sacrebleu")
+    return parser
+
+
+def words(options: dict[str, Any]) -> list[str]:
+    """Options as words of a command line."""
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def _parse(argv: Sequence[str]) -> tuple[ScriptArguments, HDPOConfig]:
+    from hdpo_train.__main__ import parse_options  # which imports this module in its turn
+
+    return parse_options(list(argv))
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )
