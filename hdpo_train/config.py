@@ -59,8 +59,8 @@ class HDPOConfig(TrainingArguments):
     entropy_steps: int | None = field(
         default=None,
         metadata={
-            "help": "With target_entropy: measure, and set alpha, every so many optimizer steps. Default: 40 times in a "
-            "run, and at least every 10 steps."
+            "help": "With target_entropy: measure, and set alpha, every so many optimizer steps. Default: 40 times in "
+            "a run, and at least every 10 steps."
         },
     )
     entropy_prompts: int = field(

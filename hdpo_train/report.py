@@ -126,8 +126,8 @@ def draw(output_dir: str | Path) -> Path:
         axis.set_xlabel("optimizer step")
     if "alpha" in start:
         figure.suptitle(
-            f"{start['loss_type']}, α {'from' if changing else '='} {start['alpha']:g}, β = {start['beta']:g}, {start['pairs']} pairs; "
-            f"margin before training {start['initial_margin']:+.3f} (α = 1: 0)"
+            f"{start['loss_type']}, α {'from' if changing else '='} {start['alpha']:g}, β = {start['beta']:g}, "
+            f"{start['pairs']} pairs; margin before training {start['initial_margin']:+.3f} (α = 1: 0)"
         )
     path = Path(output_dir) / REPORT_FILE
     figure.savefig(path, dpi=130)
