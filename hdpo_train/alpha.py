@@ -60,7 +60,8 @@ class AlphaSchedule(TrainerCallback):
 class EntropyControl(TrainerCallback):
     """Steers α so that the entropy of the policy's own answers reaches a target: more entropy needs a larger α.
 
-    A PI controller on logarithms. Every `every` steps the policy is probed, and with m = ln(measured / target)
+    A PI controller on logarithms. Every `every` steps (default: 40 times in a run, and at least every 10 steps) the
+    policy is probed, and with m = ln(measured / target)
 
         ln α ← ln α − INTEGRAL · m − PROPORTIONAL · (m − m of the probe before)      by at most STEP, within bounds
 
@@ -80,7 +81,7 @@ class EntropyControl(TrainerCallback):
         probe: Callable[[Any], tuple[float, int]],
         *,
         bounds: tuple[float, float],
-        every: int,
+        every: int | None = None,
     ) -> None:
         self.loss_kwargs, self.target, self.probe, self.bounds, self.every = loss_kwargs, target, probe, bounds, every
         self._start = {"alpha": loss_kwargs["alpha"], "error": 0.0, "before": None, "measured": None}
@@ -94,7 +95,7 @@ class EntropyControl(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         known = self._known
-        if state.global_step % self.every == 0:
+        if state.global_step % (self.every or min(max(state.max_steps // 40, 1), 10)) == 0:
             self._measure(model)
             error = math.log(known["measured"] / self.target.nats(known["before"]))
             change = -self.INTEGRAL * error - self.PROPORTIONAL * (error - known["error"])

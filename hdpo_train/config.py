@@ -56,8 +56,12 @@ class HDPOConfig(TrainingArguments):
     )
     alpha_min: float = field(default=0.5, metadata={"help": "Lowest alpha that target_entropy may set."})
     alpha_max: float = field(default=2.0, metadata={"help": "Highest alpha that target_entropy may set."})
-    entropy_steps: int = field(
-        default=10, metadata={"help": "With target_entropy: measure, and set alpha, every so many optimizer steps."}
+    entropy_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "With target_entropy: measure, and set alpha, every so many optimizer steps. Default: 40 times in "
+            "a run, and at least every 10 steps."
+        },
     )
     entropy_prompts: int = field(
         default=128,
@@ -215,7 +219,7 @@ class HDPOConfig(TrainingArguments):
                 f"{self.alpha} and {self.alpha_max}"
             )
         for name in ("entropy_steps", "entropy_prompts"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
     @property

@@ -68,7 +68,10 @@ def run(options: argparse.Namespace) -> list[Evaluation]:
         raise ValueError("there is nothing to evaluate: give --model_name_or_path or --samples")
     names = _names([*models, *options.samples], options.names)
     problems = load_problems(options.prompts, prompt_column=options.prompt_column, limit=options.limit)
-    checker = make_checker(options.checker, answer_column=options.answer_column, run_code=options.run_code)
+    checker = make_checker(
+        options.checker, answer_column=options.answer_column, run_code=options.run_code,
+        allow_network=options.allow_network,
+    )  # fmt: skip
     runs_code = options.checker.split(":")[0] not in ("gsm8k", "choice", "regex")
     for number, problem in enumerate(problems[:1] if runs_code else problems, 1):
         judge(checker, problem, "", number)  # are the records what the checker needs?
@@ -182,6 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     add("limit", "only so many prompts, from the start", type=int, metavar="N")
     add("checker", _CHECKERS, required=True)
     add("run_code", "let unit_tests run what the model wrote", action="store_true")
+    add("allow_network", "also where that cannot be cut off from the network", action="store_true")
     add("output_dir", "folder of samples and results", required=True, metavar="FOLDER")
     add("num_samples", "of each prompt at each temperature", type=int, default=16, metavar="N")
     add("temperatures", "beside greedy", type=float, nargs="*", default=[1.0], metavar="T")

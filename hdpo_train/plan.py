@@ -27,7 +27,7 @@ from hdpo_kernels.rows.torch import BLOCK_BYTES
 from hdpo_train.checkpoints import readable
 from hdpo_train.config import HDPOConfig
 from hdpo_train.head import HeadTransform, attach_loss, bare, head_of
-from hdpo_train.packing import Layout, find_layout, lay_out
+from hdpo_train.packing import PADDED, Layout, find_layout, lay_out
 from hdpo_train.reference import model_inputs
 from hdpo_train.trainer import disable_dropout
 
@@ -144,6 +144,10 @@ def _tracked(
         model.to_empty(device="cpu")
         bare(model).tie_weights()
         _frozen_as_buffers(model)
+        if bare(model).config.get_text_config()._attn_implementation not in ("sdpa", "eager"):
+            # its kernels are not to be had here; causal rows of their own take what they take, shared prompts less
+            bare(model).set_attn_implementation("sdpa")
+            batch = batch._replace(layout=PADDED)
         offloaded = _prepare(model, args, fake=True)
         optimizer = _optimizer(model, args)
         kept = _add_workspace(model, args, batch) if with_workspace else []

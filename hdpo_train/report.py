@@ -91,7 +91,7 @@ def mean_loss(log_history: list[dict[str, Any]]) -> float | None:
 
 
 def draw(output_dir: str | Path) -> Path:
-    """report.png from metrics.jsonl: loss, rewards and margins, accuracy, entropy over steps."""
+    """report.png from metrics.jsonl: loss, rewards and margins, accuracy, entropy over steps; α where it changes."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
     start, *lines = read_metrics(output_dir)
@@ -99,11 +99,18 @@ def draw(output_dir: str | Path) -> Path:
         "Loss": ["loss"],
         "Rewards, nats × β": ["rewards/chosen", "rewards/rejected", "rewards/margins"],
         "Reward accuracy": ["rewards/accuracies"],
-        "Entropy, nats per token": ["entropy/chosen", "entropy/rejected"],
+        "Entropy, nats per token": ["entropy/chosen", "entropy/rejected", "entropy/policy", "entropy/target"],
     }
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True)
-    for axis, (title, keys) in zip(axes.flat, panels.items(), strict=True):
+    changing = len({line["alpha"] for line in lines if "alpha" in line}) > 1
+    if changing:
+        panels["α"] = ["alpha"]
+    columns = (len(panels) + 1) // 2
+    figure = Figure(figsize=(5.5 * columns, 7), layout="constrained")
+    axes = figure.subplots(2, columns, sharex=True)
+    for axis, above in zip(axes.flat[len(panels) :], axes[0, ::-1], strict=False):
+        axis.set_visible(False)
+        above.tick_params(labelbottom=True)
+    for axis, (title, keys) in zip(axes.flat, panels.items(), strict=False):
         for key in keys:
             for prefix, line_style in (("", "-"), ("eval_", "--")):
                 points = [(line["step"], line[prefix + key]) for line in lines if prefix + key in line]
@@ -119,8 +126,8 @@ def draw(output_dir: str | Path) -> Path:
         axis.set_xlabel("optimizer step")
     if "alpha" in start:
         figure.suptitle(
-            f"{start['loss_type']}, α = {start['alpha']:g}, β = {start['beta']:g}, {start['pairs']} pairs; "
-            f"margin before training {start['initial_margin']:+.3f} (α = 1: 0)"
+            f"{start['loss_type']}, α {'from' if changing else '='} {start['alpha']:g}, β = {start['beta']:g}, "
+            f"{start['pairs']} pairs; margin before training {start['initial_margin']:+.3f} (α = 1: 0)"
         )
     path = Path(output_dir) / REPORT_FILE
     figure.savefig(path, dpi=130)

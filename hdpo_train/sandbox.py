@@ -66,7 +66,7 @@ class Sandbox:
         Hashes of strings are seeded, so that the order of a set is the same in every run.
 
         Raises:
-            RuntimeError: Python did not start, so nothing is known about the program.
+            OSError: Python did not start, so nothing is known about the program.
         """
         token = secrets.token_hex(16)
         command = [sys.executable, "-s", "-c", _RUNNER]
@@ -85,7 +85,7 @@ class Sandbox:
             lines = report.read(1 << 16).decode(errors="replace").splitlines()
         if f"{token} started" not in lines:
             said = "\n".join(lines).strip() or f"not a word from it within {self.timeout} seconds"
-            raise RuntimeError(f"the sandbox did not start: {said}")
+            raise OSError(f"the sandbox did not start: {said}")
         return f"{token} finished" in lines
 
     def _run(self, command: list[str], folder: str, source: IO[bytes], report: IO[bytes]) -> None:

@@ -332,7 +332,10 @@ def main(argv: list[str]) -> None:
                 "a model of your own needs --model_name_or_path, --dataset_name, --prompts and --checker, and no "
                 "--sft_per_seed; without all of these the built-in task is taken"
             )
-        checker = make_checker(options.checker, answer_column=options.answer_column, run_code=options.run_code)
+        checker = make_checker(
+            options.checker, answer_column=options.answer_column, run_code=options.run_code,
+            allow_network=options.allow_network,
+        )  # fmt: skip
         problems = load_problems(options.prompts, prompt_column=options.prompt_column)
         for number, problem in enumerate(problems if options.checker != "unit_tests" else problems[:1], 1):
             judge(checker, problem, "", number)  # are the records what the checker needs?
@@ -378,6 +381,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt_column", default="prompt", metavar="COLUMN", help="of prompts [prompt]")
     add("--answer_column", default="answer", metavar="COLUMN", help="of right answers [answer]")
     add("--run_code", action="store_true", help="let unit_tests run what the model wrote")
+    add("--allow_network", action="store_true", help="also where that cannot be cut off from the network")
     group = parser.add_argument_group("evaluation of every run: greedy, and samples at temperature 1")
     add = group.add_argument
     add("--num_samples", type=int, default=16, metavar="N", help="of every prompt [16]")

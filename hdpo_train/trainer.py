@@ -139,6 +139,7 @@ class HDPOTrainer(WholeCheckpoints):
         self.loss_is_scaled_for_ga = False  # Trainer divides it by the number of accumulation steps
         self._sums: dict[str, list[Tensor]] = defaultdict(list)  # per mode: one vector per batch, see _SUMS
         self.loss_kwargs = args.loss_kwargs()  # its alpha is that of the step
+        self.entropy_control: EntropyControl | None = None
 
         for each in models:
             if each is not policy and self.place_model_on_device:
@@ -169,8 +170,8 @@ class HDPOTrainer(WholeCheckpoints):
             self.start = self._start()
             if args.alpha_final is not None:
                 self.add_callback(AlphaSchedule(self.loss_kwargs, args.alpha_schedule, args.alpha_final))
-            self.entropy_control = None if args.target_entropy is None else self._entropy_control(args.target_entropy)
-            if self.entropy_control is not None:
+            if args.target_entropy is not None:
+                self.entropy_control = self._entropy_control(args.target_entropy)
                 self.add_callback(self.entropy_control)
             self.add_callback(RunReport(self.start))
 

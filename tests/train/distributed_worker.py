@@ -34,7 +34,9 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "drop_last": (13, 1, {"num_train_epochs": 1, "dataloader_drop_last": True}),
     "adapter": (16, 1, {"num_train_epochs": 2}),
     "sampled": (16, 1, {"num_train_epochs": 2, "gradient": "sampled", "epsilon": 2**-4}),
+    "target_entropy": (16, 1, {"num_train_epochs": 2, "target_entropy": "0.9", "entropy_prompts": 6}),
 }
+RANDOM = ("sampled", "target_entropy")  # ranks draw numbers of their own, so that one process takes other steps
 
 
 class Parameters(TrainerCallback):

@@ -201,7 +201,7 @@ def test_target_entropy_is_refused_where_weights_are_sharded(tokenizer, config, 
 
 QUICK = quickstart.Settings(
     hidden_size=64, sft_steps=160, sft_batch_size=64, sft_learning_rate=5e-3,
-    pair_prompts=1500, batch_size=32, epochs=3, learning_rate=2e-4, held_out=100, eval_samples=8,
+    pair_prompts=1500, batch_size=32, epochs=3, learning_rate=4e-4, held_out=100, eval_samples=8,
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from hdpo_train.report import read_metrics
-from tests.train.distributed_worker import CASES, flat_parameters, reference, train
+from tests.train.distributed_worker import CASES, RANDOM, flat_parameters, reference, train
 from tests.train.tiny import make_model, make_records
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +85,7 @@ def assert_same_metrics(several: Path, one: Path, relative: float) -> None:
                 assert theirs[key] == pytest.approx(value, rel=relative, abs=1e-6), (expected["step"], key)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "sampled"])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in RANDOM])
 def test_ddp_takes_the_steps_of_one_process(case, ddp, one):
     steps, logps = torch.load(ddp / case / "result.pt")
     folder, results = one
@@ -104,6 +104,14 @@ def test_ddp_with_the_sampled_gradient_keeps_ranks_equal(ddp, one):
     for line, other in zip(lines[1:5], expected[1:5], strict=True):
         assert line["loss"] == pytest.approx(other["loss"], rel=0.02)
         assert line["num_tokens"] == other["num_tokens"]  # the same pairs in every step
+
+
+def test_ddp_steers_all_ranks_alike(ddp, one):
+    # That ranks have the same parameters after every step, and so the same α, is asserted by the worker.
+    lines, expected = (read_metrics(folder / "target_entropy" / "out")[1:5] for folder in (ddp, one[0]))
+    assert len({line["alpha"] for line in lines}) == 4
+    for line, other in zip(lines, expected, strict=True):  # the same prompts, answered with other random numbers
+        assert line["entropy/policy"] == pytest.approx(other["entropy/policy"], rel=0.05)
 
 
 @pytest.mark.parametrize(("name", "case"), [("fp32", "odd last batch"), ("adapter", "adapter")])

@@ -118,9 +118,21 @@ def test_memory_on_the_host(tmp_path, tokenizer, monkeypatch):
     memory = check_plan(LLAMA, args, tokenizer)
     assert memory.host == 3 * (8 * 256) * 128 * 4  # layers, tokens, hidden size, bytes
     assert out_of_sight.nbytes == 2 * memory.host  # in two steps
-    kept = check_plan(LLAMA, arguments(tmp_path / "kept", **options), tokenizer)
+    args.gradient_checkpointing_kwargs = args.activation_checkpointing_kwargs = None
+    batch = plan.fullest(args, Layout(packed=True, width=128))
+    kept = plan.peak_memory(LLAMA, args, batch, plan.AutoModelForCausalLM.from_config)
     assert kept.host == 0
     assert kept.device["activations"] - memory.device["activations"] > memory.host / 2
+
+
+def test_memory_with_an_attention_that_skips_what_is_masked(tmp_path):
+    args = arguments(tmp_path)
+
+    def build(attention):
+        return lambda config: plan.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+
+    flex = plan.peak_memory(LLAMA, args, plan.fullest(args, Layout(packed=True)), build("flex_attention"))
+    assert flex == plan.peak_memory(LLAMA, args, plan.fullest(args, Layout()), build("sdpa"))
 
 
 def test_fullest_keeps_within_the_budget(tmp_path):

@@ -9,8 +9,10 @@ START = {"step": 0, "pairs": 3, "alpha": 0.9, "beta": 0.1, "loss_type": "sigmoid
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
 @pytest.mark.parametrize("evaluations", [0, 2])
-def test_draw_takes_any_number_of_points(steps, evaluations, tmp_path):
-    lines = [{"step": i, "loss": 0.5, "rewards/margins": 0.1, "entropy/chosen": 1.0} for i in range(1, steps + 1)]
+@pytest.mark.parametrize("slope", [0.0, 0.1], ids=["constant", "schedule"])
+def test_draw_takes_any_number_of_points(steps, evaluations, slope, tmp_path):
+    same = {"loss": 0.5, "rewards/margins": 0.1, "entropy/chosen": 1.0}
+    lines = [{"step": i, "alpha": 0.9 + slope * i, **same} for i in range(1, steps + 1)]
     lines += [{"step": i, "eval_loss": 0.4} for i in range(1, evaluations + 1)]
     write_metrics(tmp_path, [START, *lines])
     assert draw(tmp_path).stat().st_size > 10_000

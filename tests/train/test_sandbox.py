@@ -204,7 +204,7 @@ def test_finishes_without_namespaces_keeps_the_limits():
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 def test_finishes_raises_where_python_does_not_start(monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    with pytest.raises(RuntimeError, match="did not start"):
+    with pytest.raises(OSError, match="did not start"):
         finishes("", allow_network=True)
 
 
