@@ -315,12 +315,16 @@ def temperature_sentences(sweep: Sweep) -> list[str]:
 
 
 def draw(sweep: Sweep, path: Path) -> None:
-    """Above: metrics against α. Below: α at temperature 1 beside α = 1 under temperatures."""
+    """Above: metrics against α. Below: α at temperature 1 beside α = 1 under temperatures.
+
+    Seeds of their own models differ by far more than α does in one of them: bars are of differences to α = 1.
+    """
     found = metrics(sweep)
     figure = Figure(figsize=(17, 8.5), layout="constrained")
     halves: Any = figure.subfigures(2, 1)
     above, below = halves
-    above.suptitle(f"What α does ({sweep.title})" + (f"; {sweep.seeds} seeds, 95 % intervals" * (sweep.seeds > 1)))
+    bars = f"\nmean of {sweep.seeds} seeds (thin: each); bars: 95 % interval of the difference to α = 1, seed by seed"
+    above.suptitle(f"What α does ({sweep.title})" + bars * (sweep.seeds > 1))
     below.suptitle("Can temperature alone do it? Points: α at temperature 1. Curve: α = 1 at temperatures")
     passes = [name for name in found if name.startswith("pass@")]
     panels = [["greedy accuracy", "sampled accuracy"], passes, ["distinct right"], ["entropy"]]
@@ -338,8 +342,9 @@ def draw(sweep: Sweep, path: Path) -> None:
 def _against_alpha(axis: Any, sweep: Sweep, shown: Sequence[Metric]) -> None:
     alphas = sorted(sweep.runs)
     for color, metric in enumerate(shown):
-        points = [_spread(values(sweep.runs[alpha], metric)) for alpha in alphas]
-        means, errors = zip(*points, strict=True)
+        means, errors = zip(*(_point(sweep, alpha, metric) for alpha in alphas), strict=True)
+        for seed in zip(*(values(sweep.runs[alpha], metric) for alpha in alphas), strict=True):
+            axis.plot(alphas, seed, color=f"C{color}", lw=0.5, alpha=0.4)
         axis.errorbar(alphas, means, yerr=errors, fmt="o-", color=f"C{color}", capsize=3, label=metric.name)
         before = statistics.fmean(values(sweep.base, metric))
         label = "before training" if color == len(shown) - 1 else None
@@ -356,9 +361,9 @@ def _frontier(axis: Any, sweep: Sweep, x: Metric, y: Metric) -> None:
     axis.plot([p[0] for p in curve], [p[1] for p in curve], ".-", color="0.5", label="α = 1 at temperatures")
     for across, up, temperature in (curve[0], curve[-1]):
         axis.annotate(f"T = {temperature:g}", (across, up), textcoords="offset points", xytext=(4, 4), color="0.4")
-    for color, (alpha, seeds) in enumerate(sorted(sweep.runs.items())):
-        across, x_error = _spread(values(seeds, x))
-        up, y_error = _spread(values(seeds, y))
+    for color, alpha in enumerate(sorted(sweep.runs)):
+        across, x_error = _point(sweep, alpha, x)
+        up, y_error = _point(sweep, alpha, y)
         axis.errorbar(
             across, up, xerr=x_error, yerr=y_error, fmt="o", color=f"C{color}", capsize=2, label=f"α = {alpha:g}"
         )
@@ -367,9 +372,12 @@ def _frontier(axis: Any, sweep: Sweep, x: Metric, y: Metric) -> None:
     _finish(axis)
 
 
-def _spread(figures: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half its interval."""
-    return interval(figures)[:2] if len(figures) > 1 else (figures[0], 0.0)
+def _point(sweep: Sweep, alpha: float, metric: Metric) -> tuple[float, float]:
+    """Mean over seeds, and half the interval of its difference to α = 1."""
+    mean = statistics.fmean(values(sweep.runs[alpha], metric))
+    if alpha == 1 or sweep.seeds < 2:
+        return mean, 0.0
+    return mean, against_dpo(sweep, metric)[alpha].half_width
 
 
 def _finish(axis: Any) -> None:
