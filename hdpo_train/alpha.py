@@ -111,7 +111,8 @@ class EntropyControl(TrainerCallback):
             self._measure(model)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero and abs(self.share_of_target() - 1) > self.TOLERANCE:
+        taken = self._known["measured"] is not None  # else a run without a step
+        if taken and state.is_world_process_zero and abs(self.share_of_target() - 1) > self.TOLERANCE:
             logger.warning(self.describe())
 
     def metrics(self) -> dict[str, float]:
@@ -126,6 +127,8 @@ class EntropyControl(TrainerCallback):
     def describe(self) -> str:
         """How far the run got, and what may have been in the way."""
         before, measured = self._known["before"], self._known["measured"]
+        if measured is None:
+            return "no step was taken: the entropy of the policy's own answers was not measured"
         text = (
             f"entropy of the policy's own answers: {before:.3f} nats per token before training, {measured:.3f} after, "
             f"{measured / before:.2f} of it; target {self.target.nats(before):.3f}"

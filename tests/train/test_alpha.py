@@ -186,6 +186,13 @@ def test_control_stays_at_a_bound_says_so_and_leaves_it_at_once():
     assert control.loss_kwargs["alpha"] > 0.7
 
 
+def test_control_of_a_run_without_a_step():
+    control, _ = steer(Plant(0.3, 2), "0.9", probes=1)
+    control.on_train_begin(None, TrainerState(), TrainerControl())
+    control.on_train_end(None, TrainerState(), TrainerControl())
+    assert "no step was taken" in control.describe()
+
+
 @pytest.mark.parametrize("probe", [lambda _: (math.nan, 10), lambda _: (0.0, 10)], ids=["nan", "certain"])
 def test_control_stops_where_there_is_nothing_to_steer_by(probe):
     control = EntropyControl({"alpha": 1.0}, Target.parse("0.9"), probe, bounds=(0.5, 2), every=1)
