@@ -70,7 +70,7 @@ class EntropyControl(TrainerCallback):
     knows is part of every checkpoint.
     """
 
-    # The quickstart's ln entropy answers a change of ln α by 0.3 times as much, within some 30 steps, three probes.
+    # The quickstart's ln entropy answers a change of ln α by 0.3 times as much, within some 30 steps.
     INTEGRAL, PROPORTIONAL, STEP = 0.6, 2.0, 0.25
     TOLERANCE = 0.05  # of the target: farther off at the end is worth a warning
 

@@ -41,8 +41,10 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
     }
     meaning = [note for start, note in notes.items() if any(name.startswith(start) for name in columns)]
     prompts = ", ".join(str(number) for number in sorted({each.num_prompts for each in evaluations}))
-    interval = f"{prompts} prompts; in brackets 95 % bootstrap intervals over them: other prompts, not other seeds "
-    "(one without width says only that these prompts are all alike)."
+    interval = (
+        f"Prompts: {prompts}. In brackets 95 % bootstrap intervals over them: other prompts, not other seeds (one "
+        "without width says only that these prompts are all alike)."
+    )
     return "\n".join(lines) + "\n\n" + " ".join([interval, *meaning])
 
 

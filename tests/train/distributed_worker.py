@@ -200,11 +200,11 @@ def zero3(*arguments: str) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "zero3":
-        zero3(*sys.argv[2:])
+        zero3(*sys.argv[2:])  # which ends its group itself
     else:
         for mode in sys.argv[2:]:
             {"ddp": ddp, "fsdp": fsdp}[mode](Path(sys.argv[1]) / mode)
-    dist.barrier()
+        dist.barrier()
     sys.stdout.flush()
     # The caches of FSDP's meshes keep groups alive, and a thread of gloo that meets the end of Python takes the process
     # down (SIGABRT).

@@ -22,7 +22,7 @@ def test_markdown_has_a_row_for_each_temperature():
         "| m | 0.7 | 8 | 40.0% (30.0 … 50.0) | 90.0% (80.0 … 100.0) | 3.25 (3.00 … 3.50) | 0.300 (0.200 … 0.400) "
         "| 0.600 (0.500 … 0.700) | 0.125 (0.100 … 0.200) | 0.750 (0.700 … 0.800) |"
     )
-    assert lines[5].startswith("12 prompts;") and "Entropy: exact" in lines[5]
+    assert lines[5].startswith("Prompts: 12. ") and "Entropy: exact" in lines[5]
 
 
 def test_markdown_leaves_out_what_nothing_is_known_of():
