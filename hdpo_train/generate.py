@@ -164,14 +164,17 @@ def own_entropy(
 ) -> tuple[float, int]:  # fmt: skip
     """Sum of nats, and tokens, of one answer to each prompt, drawn from the model's own distribution.
 
-    The random numbers are always those of the seed; torch's own generator is left as it was.
+    An answer is cut where the model's positions end. The random numbers are always those of the seed; torch's own
+    generator is left as it was.
     """
     transform, nats, tokens = find_transform(bare(model)), 0.0, 0
+    by_length = sorted(prompt_ids, key=len)  # so that long prompts cut no answer but their own
     with _in_eval_mode(model), _own_distribution(model, tokenizer, max_new_tokens) as ends:
         torch.manual_seed(seed)
-        for start in range(0, len(prompt_ids), batch_size):
-            prompts = prompt_ids[start : start + batch_size]
-            completions = _complete(model, prompts, 1.0, ends)
+        for start in range(0, len(by_length), batch_size):
+            prompts = by_length[start : start + batch_size]
+            room = max((_positions(model) or math.inf) - len(prompts[-1]), 1)
+            completions = _complete(model, prompts, 1.0, ends, max_new_tokens=int(min(max_new_tokens, room)))
             nats += sum(entropies(model, transform, prompts, completions, 1.0))
             tokens += sum(map(len, completions))
     return nats, tokens
@@ -261,10 +264,10 @@ def files_fingerprint(model_name_or_path: str) -> str:
 
 
 def _complete(
-    model: PreTrainedModel, prompts: Sequence[list[int]], temperature: float, ends: set[int]
+    model: PreTrainedModel, prompts: Sequence[list[int]], temperature: float, ends: set[int], **choice: Any
 ) -> list[list[int]]:
-    """A completion of each prompt, up to its end."""
-    choice: dict[str, Any] = {"do_sample": temperature > 0}
+    """A completion of each prompt, up to its end. choice: more of what `generate` takes."""
+    choice["do_sample"] = temperature > 0
     if temperature > 0:
         choice |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     width = max(map(len, prompts))
@@ -289,8 +292,12 @@ def _seed(seed: int, temperature: float, batch: int) -> int:
     return int(hashlib.sha256(f"{seed} {temperature!r} {batch}".encode()).hexdigest()[:15], 16)
 
 
+def _positions(model: PreTrainedModel) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def _check_lengths(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> None:
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = _positions(model)
     number = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     if most is not None and len(prompts[number]) + max_new_tokens > most:
         raise ValueError(

@@ -332,11 +332,10 @@ class HDPOTrainer(WholeCheckpoints):
                 "target_entropy lets the policy answer prompts while it is trained, which takes whole weights on every "
                 "GPU: use DDP, or leave it out under FSDP and DeepSpeed"
             )
-        columns = data.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])  # type: ignore[union-attr]
-        longest = max(len(row[side]) for row in columns for side in ("chosen_ids", "rejected_ids"))
-        every = max(len(columns) // args.entropy_prompts, 1)
+        longest = max(len(ids) for side in ("chosen_ids", "rejected_ids") for ids in data[side][:])  # type: ignore[index]
+        every = max(len(data) // args.entropy_prompts, 1)  # type: ignore[arg-type]
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        prompts = columns[::every]["prompt_ids"][rank : args.entropy_prompts : ranks]
+        prompts = data[::every]["prompt_ids"][rank : args.entropy_prompts : ranks]  # type: ignore[index]
         tokenizer: Any = self.processing_class
 
         def probe(model: Any) -> tuple[float, int]:

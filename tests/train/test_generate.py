@@ -18,6 +18,7 @@ from hdpo_train.generate import (
     encode,
     entropies,
     files_fingerprint,
+    own_entropy,
     weights_fingerprint,
 )
 from hdpo_train.head import find_transform
@@ -66,6 +67,23 @@ def test_entropies_are_those_of_the_logits(family, temperature):
             logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].double()
         logp = (logits / temperature).log_softmax(-1)
         assert nats == pytest.approx(-(logp.exp() * logp).sum().item(), rel=1e-5)
+
+
+def test_own_entropy_is_that_of_one_answer_to_each_prompt(tokenizer):
+    x, a, b = (tokenizer(letter)["input_ids"][0] for letter in "xab")
+    end = tokenizer.eos_token_id
+    model = make_chain({x: {a: 0.3, b: 0.7}, a: {end: 1.0}, b: {end: 1.0}})
+    before = torch.get_rng_state()
+    nats, tokens = own_entropy(model, tokenizer, [[x]] * 5, 9, seed=0, batch_size=2)
+    assert nats == pytest.approx(5 * entropy(0.3), rel=1e-4) and tokens == 5 * 2
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_own_entropy_cuts_answers_where_the_positions_of_the_model_end(tokenizer):
+    # A prompt and the longest completion, which is another prompt's, may have more tokens than the model takes.
+    model, positions = make_model("gpt2"), 256
+    nats, tokens = own_entropy(model, tokenizer, [[5] * (positions - 3), [7] * 10], 20, seed=0)
+    assert 0 < nats < float("inf") and 2 <= tokens <= 3 + 20
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
