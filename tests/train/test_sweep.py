@@ -307,3 +307,12 @@ def test_tables_hold_means_and_intervals():
     differences = sweep_report.differences_table(result)
     assert "| α = 2 | +0.0 ± 0.0 % | **-30.0 ± 0.0 %** |" in differences and "here are 21)" in differences
     assert "| α = 2 | 0 of 3 |" in sweep_report.frontier_table(result)
+
+
+def test_bars_of_the_plot_are_intervals_of_the_difference_to_alpha_1():
+    """Seeds that are far apart, and an α that adds 1, 2 and 3 points to each: 2 ± t · 1 / √3."""
+    runs = {1.0: [0.2, 0.5, 0.8], 0.8: [0.21, 0.52, 0.83]}
+    result = Sweep("Made up", True, [], {a: [evaluation({1.0: (x, 1.0)}) for x in seeds] for a, seeds in runs.items()})
+    metric = metrics(result)["sampled accuracy"]
+    assert sweep_report._point(result, 0.8, metric) == pytest.approx((52, 4.303 / 3**0.5), rel=1e-3)
+    assert sweep_report._point(result, 1.0, metric) == (pytest.approx(50), 0.0)
