@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, set
 
 from hdpo_train.config import HDPOConfig, ScriptArguments
 from hdpo_train.data import load_records
+from hdpo_train.models import add_adapter, load_model, load_tokenizer
 from hdpo_train.report import METRICS_FILE, REPORT_FILE
-from hdpo_train.trainer import HDPOTrainer, add_adapter, load_model, load_tokenizer
+from hdpo_train.trainer import HDPOTrainer
 
 _EXAMPLES = """\
 Trains a causal language model on preference pairs with H-DPO: DPO with control over entropy by one number, alpha.

@@ -18,10 +18,10 @@ from hdpo_train.checkers import Problem, make_checker
 from hdpo_train.eval_report import draw, markdown
 from hdpo_train.evaluate import EvalOptions, grade, judge
 from hdpo_train.generate import Sampler, files_fingerprint
+from hdpo_train.models import load_model, load_tokenizer
 from hdpo_train.records import load_records
 from hdpo_train.samples import Sample, read_samples
 from hdpo_train.scores import Evaluation, as_json
-from hdpo_train.trainer import load_model, load_tokenizer
 
 RESULTS_FILE, TABLE_FILE, PLOT_FILE = "results.json", "results.md", "results.png"
 DEFAULT_K = (1, 4, 8)

@@ -23,6 +23,7 @@ from transformers.utils import cached_file, logging
 from hdpo_kernels import linear_logp
 from hdpo_train.checkers import Problem
 from hdpo_train.head import HeadTransform, UnsupportedHead, bare, find_transform, head_of
+from hdpo_train.models import evaluating
 from hdpo_train.records import BadRecord, chat_prompt
 from hdpo_train.samples import Request, Sample, SamplesFile, digest
 
@@ -317,13 +318,9 @@ def _transform_or_warn(model: PreTrainedModel) -> HeadTransform | None:
 @contextmanager
 def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
     """Without dropout; mode and torch's random state are restored."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-            yield
-    finally:
-        model.train(training)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with evaluating(model), torch.random.fork_rng(devices=devices):
+        yield
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hdpo_kernels import linear_hdpo_loss
+from hdpo_train.models import evaluating
 from hdpo_train.packing import Places, backbone_inputs
 
 _BACKBONE_INPUTS = ("input_ids", "attention_mask")
@@ -130,17 +131,14 @@ def find_transform(model: PreTrainedModel) -> HeadTransform:
         seen["ramp"] = torch.linspace(-60, 60, output.numel(), device=output.device).view_as(output).to(output.dtype)
         return seen["ramp"]
 
-    training = model.training
-    model.eval()
     ids = torch.arange(2, device=head_of(model).weight.device).unsqueeze(0)
     hook = head_of(model).register_forward_hook(ramp)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             logits = model(input_ids=ids, use_cache=False).logits.float()
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     finally:
         hook.remove()
-        model.train(training)
     if (
         "hidden" not in seen
         or seen["hidden"].shape != hidden.shape

@@ -26,6 +26,8 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
+from hdpo_train.models import evaluating
+
 logger = logging.get_logger(__name__)
 
 _PADDING = -3  # its segment: a document of its own, so that no softmax is empty
@@ -265,7 +267,7 @@ def _probe(model: PreTrainedModel, layout: Layout) -> None:
     def hidden(input_ids: Tensor, **inputs: Any) -> Tensor:
         return backbone(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state.float()
 
-    with _evaluating(model), _short_window(config):
+    with evaluating(model), _short_window(config):
         try:
             packed = hidden(row, **backbone_inputs(model, places))[0, batch["rows"]]
         except Unpackable:
@@ -279,16 +281,6 @@ def _probe(model: PreTrainedModel, layout: Layout) -> None:
         raise Unpackable(
             f"its sequences see each other ({difference / scale:.0%} of what they would without boundaries)"
         )
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @contextmanager

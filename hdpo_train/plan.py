@@ -27,9 +27,9 @@ from hdpo_kernels.rows.torch import BLOCK_BYTES
 from hdpo_train.checkpoints import readable
 from hdpo_train.config import HDPOConfig
 from hdpo_train.head import HeadTransform, attach_loss, bare, head_of
+from hdpo_train.models import disable_dropout
 from hdpo_train.packing import PADDED, Layout, find_layout, lay_out
 from hdpo_train.reference import model_inputs
-from hdpo_train.trainer import disable_dropout
 
 _KINDS = {
     "weights": ("Parameter", "Buffer"), "gradients": ("Gradient",), "optimizer": ("Optstate",),

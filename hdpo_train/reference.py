@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from hdpo_train.data import PairCollator
 from hdpo_train.head import PairBatch, bare
+from hdpo_train.models import evaluating
 from hdpo_train.packing import Places
 from hdpo_train.ranks import as_in_training, gathered, shards
 
@@ -119,15 +120,12 @@ def _compute(
         generator=torch.Generator(),  # torch's own stays as it is when the numbers come from the cache
     )
     loader = accelerator.prepare_data_loader(loader)
-    training = model.training
-    model.eval()
     parts = []
     description = f"Reference log-probs ({name})"
-    with as_in_training(model, accelerator):
+    with evaluating(model), as_in_training(model, accelerator):
         for batch in tqdm(loader, desc=description, unit="batch", disable=not accelerator.is_main_process):
             logps = model(**model_inputs(batch, accelerator.device)).logps.view(-1, 2)
             parts.append(accelerator.gather_for_metrics(logps).float().cpu())
-    model.train(training)
     logps = torch.cat(parts)
     if len(logps) != len(dataset):
         raise RuntimeError(f"{len(logps)} reference log-probs for {len(dataset)} pairs of the {name} set")

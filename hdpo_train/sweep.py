@@ -33,9 +33,9 @@ from hdpo_train.checkers import Checker, Problem, make_checker
 from hdpo_train.config import HDPOConfig, ScriptArguments
 from hdpo_train.eval_cli import DEFAULT_K, load_problems
 from hdpo_train.evaluate import EvalOptions, evaluate, judge
+from hdpo_train.models import load_model, load_tokenizer
 from hdpo_train.scores import Evaluation
 from hdpo_train.sweep_report import Sweep
-from hdpo_train.trainer import load_model, load_tokenizer
 
 SWEEP_FILE, PAIRS_FILE, PROMPTS_FILE = "sweep.json", "pairs.jsonl", "prompts.jsonl"
 EVALUATION_FILE, SAMPLES_FILE = "evaluation.json", "samples.jsonl"

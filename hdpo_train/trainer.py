@@ -10,13 +10,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 
 from hdpo_kernels import HDPOLoss
@@ -27,6 +21,7 @@ from hdpo_train.config import HDPOConfig
 from hdpo_train.data import PairCollator, pair_tokens, tokenize_pairs
 from hdpo_train.generate import own_entropy
 from hdpo_train.head import attach_loss, bare, head_of, whole_shape
+from hdpo_train.models import add_adapter, disable_dropout, load_model, load_tokenizer
 from hdpo_train.output_dir import checkpoint_to_resume, claim_output_dir
 from hdpo_train.packing import find_layout
 from hdpo_train.ranks import (
@@ -368,40 +363,6 @@ class HDPOTrainer(WholeCheckpoints):
 
 def _num_pairs(batch: dict[str, Any]) -> int:
     return len(batch["cu_seqlens"]) // 2
-
-
-def load_model(name: str, init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:
-    """AutoModelForCausalLM.from_pretrained, in fp32 unless init_kwargs say otherwise: at learning rates of preference
-    training, bf16 weights round most updates away."""
-    return AutoModelForCausalLM.from_pretrained(name, **{"dtype": torch.float32, **(init_kwargs or {})})
-
-
-def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"no tokenizer can be loaded from {name!r} ({error}); save one there (tokenizer.save_pretrained), "
-            "or pass it as processing_class"
-        ) from error
-
-
-def add_adapter(model: Any, peft_config: Any) -> Any:
-    import peft
-
-    if isinstance(model, peft.PeftModel):
-        raise ValueError("the model has an adapter already; leave peft_config out to train it")
-    if getattr(peft_config, "is_prompt_learning", False):
-        raise ValueError(f"{type(peft_config).__name__} adds virtual tokens to the prompt; use LoRA or another adapter")
-    return peft.get_peft_model(model, peft_config)
-
-
-def disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):  # applied by the attention function
-            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def _check_vocabulary(dataset: Dataset, vocab: int, name: str) -> None:

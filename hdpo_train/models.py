@@ -1,0 +1,54 @@
+"""Models and tokenizers: loaded by name, given an adapter, made quiet, set to evaluation mode for a while."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(name: str, init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:
+    """AutoModelForCausalLM.from_pretrained, in fp32 unless init_kwargs say otherwise: at learning rates of preference
+    training, bf16 weights round most updates away."""
+    return AutoModelForCausalLM.from_pretrained(name, **{"dtype": torch.float32, **(init_kwargs or {})})
+
+
+def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name, **kwargs)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"no tokenizer can be loaded from {name!r} ({error}); save one there (tokenizer.save_pretrained), "
+            "or pass it as processing_class"
+        ) from error
+
+
+def add_adapter(model: Any, peft_config: Any) -> Any:
+    import peft
+
+    if isinstance(model, peft.PeftModel):
+        raise ValueError("the model has an adapter already; leave peft_config out to train it")
+    if getattr(peft_config, "is_prompt_learning", False):
+        raise ValueError(f"{type(peft_config).__name__} adds virtual tokens to the prompt; use LoRA or another adapter")
+    return peft.get_peft_model(model, peft_config)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):  # applied by the attention function
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; its mode is restored."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
