@@ -54,7 +54,15 @@ _COMMON = (
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
+    """A command of the command line. Exit codes: 2 for an error that is said in words, 130 after Ctrl-C."""
+    try:
+        _run(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt as interrupt:  # the trainer's says where the run stands
+        print(f"\nhdpo-train: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _run(argv: list[str]) -> None:
     if not argv or argv[0] in _COMMANDS:
         command_of_its_own = importlib.import_module(_COMMANDS[argv[0] if argv else "quickstart"])
         try:

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from transformers import TrainerState
 from transformers.utils import logging
 
 from hdpo_train.report import METRICS_FILE, REPORT_FILE
@@ -79,6 +80,13 @@ def look_for_checkpoints(folder: Path) -> tuple[Path | None, list[str]]:
             return path, problems
         problems.append(f"{path}: {problem}")
     return None, problems
+
+
+def interrupted(output_dir: str, state: TrainerState) -> str:
+    """Where a run that was interrupted stands, and how to go on with it."""
+    last, _ = look_for_checkpoints(Path(output_dir))
+    go_on = f"{last} is whole: --resume_from_checkpoint true goes on from it" if last else "there is no checkpoint yet"
+    return f"interrupted at step {state.global_step} of {state.max_steps}; {go_on}"
 
 
 def step_of(path: Path) -> int | None:

@@ -22,7 +22,7 @@ from hdpo_train.data import PairCollator, pair_tokens, tokenize_pairs
 from hdpo_train.generate import own_entropy
 from hdpo_train.head import attach_loss, bare, head_of, whole_shape
 from hdpo_train.models import add_adapter, disable_dropout, load_model, load_tokenizer
-from hdpo_train.output_dir import checkpoint_to_resume, claim_output_dir
+from hdpo_train.output_dir import checkpoint_to_resume, claim_output_dir, interrupted
 from hdpo_train.packing import find_layout
 from hdpo_train.ranks import (
     OwnRandomNumbers,
@@ -175,7 +175,8 @@ class HDPOTrainer(WholeCheckpoints):
         beginning if there is none).
 
         Raises FileExistsError if output_dir holds another run and this one does not resume it, ValueError, naming the
-        file, if the checkpoint is not whole, and OSError if a checkpoint cannot be written; the one before stays.
+        file, if the checkpoint is not whole, and OSError if a checkpoint cannot be written; the one before stays. A
+        KeyboardInterrupt says where the run stands and how to go on.
         """
         output_dir = str(self.args.output_dir)
         if self.args.should_save:
@@ -188,7 +189,10 @@ class HDPOTrainer(WholeCheckpoints):
             claim_output_dir(output_dir, self.args.overwrite_output_dir)
         self.accelerator.wait_for_everyone()
         self._sums.clear()
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(interrupted(output_dir, self.state)) from None
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         if isinstance(eval_dataset, Dataset) and not set(COLUMNS) <= set(eval_dataset.column_names):

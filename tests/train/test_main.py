@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from hdpo_train.__main__ import main
 from hdpo_train.report import METRICS_FILE, REPORT_FILE, read_metrics
+from hdpo_train.trainer import HDPOTrainer
 from tests.train.tiny import make_model, make_records
 
 
@@ -173,3 +174,22 @@ def test_main_never_runs_remote_code_unasked(folder, capsys, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked the terminal"))
     message = refused(arguments(folder), capsys)
     assert "trust_remote_code" in message and "remote code ran" not in message
+
+
+def test_main_interrupted_says_where_the_run_stands(folder, capsys, monkeypatch):
+    step = HDPOTrainer.training_step
+
+    def interrupt(trainer, *args, **kwargs):
+        if trainer.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(HDPOTrainer, "training_step", interrupt)
+    with pytest.raises(SystemExit) as exit:
+        main(arguments(folder, max_steps=4, save_steps=2))
+    assert exit.value.code == 130
+    whole = folder / "out" / "checkpoint-2"
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == (
+        f"hdpo-train: interrupted at step 3 of 4; {whole} is whole: --resume_from_checkpoint true goes on from it"
+    )

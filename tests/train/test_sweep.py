@@ -129,7 +129,7 @@ def test_sweep_goes_on_with_a_killed_run(inputs, tmp_path, jobs, monkeypatch, sa
 
     argv = arguments(inputs, folder, alpha="1", seeds=1, save_steps=save_steps)
     monkeypatch.setattr(HDPOTrainer, "save_model", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         main(argv)
     assert not (folder / "alpha-1" / "seed-0").exists() and (folder / "alpha-1" / "seed-0.partial").exists()
     monkeypatch.setattr(HDPOTrainer, "save_model", save)
