@@ -75,7 +75,7 @@ def check_label_values(labels: Tensor, vocab: int) -> None:
 def as_boundaries(cu_seqlens: Tensor | Sequence[int], *, pairs: bool = False) -> Tensor:
     """cu_seqlens as an integer tensor (S + 1,), S even if they are pairs; `boundaries` checks the values."""
     if not isinstance(cu_seqlens, Tensor):
-        cu_seqlens = torch.tensor([operator.index(b) for b in cu_seqlens], dtype=torch.int64)
+        cu_seqlens = torch.tensor([operator.index(b) for b in cu_seqlens], dtype=torch.int64, device="cpu")
     if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
         raise ValueError(
             f"cu_seqlens must be integers of shape (S + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"

@@ -62,7 +62,9 @@ class ScoredRows:
 
     def boundaries(self, cu_seqlens: list[int]) -> list[int]:
         """Boundaries in N -> boundaries in the scored rows."""
-        return cu_seqlens if self._keep is None else torch.searchsorted(self._keep, torch.tensor(cu_seqlens)).tolist()
+        if self._keep is None:
+            return cu_seqlens
+        return torch.searchsorted(self._keep, torch.tensor(cu_seqlens, device="cpu")).tolist()
 
 
 def _scored(labels: Tensor) -> Tensor | None:

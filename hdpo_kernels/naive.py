@@ -49,7 +49,7 @@ def linear_logp(hidden, weight, labels, *, bias=None, softcap=None, logit_scale=
 
 def sequence_sum(values, cu_seqlens) -> Tensor:
     """Sum of values (N,) over each sequence; cu_seqlens (S + 1,) are the sequences' boundaries. -> (S,)"""
-    bounds = torch.as_tensor(cu_seqlens).tolist()
+    bounds = torch.as_tensor(cu_seqlens, device="cpu").tolist()
     sums = [values[start:end].sum() for start, end in itertools.pairwise(bounds)]
     return torch.stack(sums) if sums else values.new_zeros(0)
 

@@ -26,8 +26,8 @@ def sequence_sum(values: Tensor, cu_seqlens: Tensor | Sequence[int]) -> Tensor:
 
 def sequence_of_row(cu_seqlens: list[int], device: torch.device) -> Tensor:
     """(N,) int64: the sequence each row belongs to. Built on the host, so that no device is asked for a length."""
-    lengths = torch.tensor([end - start for start, end in itertools.pairwise(cu_seqlens)], dtype=torch.int64)
-    return torch.repeat_interleave(lengths).to(device, non_blocking=True)
+    lengths = [end - start for start, end in itertools.pairwise(cu_seqlens)]
+    return torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device="cpu")).to(device, non_blocking=True)
 
 
 def _fake_sequence_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def zipf_inputs(
     shared = torch.nn.functional.normalize(normal(hidden_size), dim=0)
     weight = normal(vocab, hidden_size) / math.sqrt(hidden_size)
     weight -= torch.outer(weight @ shared, shared)
-    z = -torch.log(torch.arange(1, vocab + 1) + 10.0)
+    z = -torch.log(torch.arange(1, vocab + 1, device="cpu") + 10.0)
     cumulative, z = z.softmax(0).cumsum(0).to(device), z.to(device)  # a GPU's cumsum may not be deterministic
     # the label and its alternatives, by inversion
     tokens = torch.searchsorted(cumulative, uniform(4, n)).clamp(max=vocab - 1)

@@ -314,5 +314,5 @@ class PairCollator:
         batch["examples"] = Examples(examples)
         if "ref_chosen_logp" in examples[0]:
             logps = [e[key] for e in examples for key in ("ref_chosen_logp", "ref_rejected_logp")]
-            batch["ref_logps"] = torch.tensor(logps, dtype=torch.float32)
+            batch["ref_logps"] = torch.tensor(logps, dtype=torch.float32, device="cpu")
         return batch

@@ -230,8 +230,9 @@ def entropies(
         for step in range(len(completion))
     ]
     scored = hidden.flatten(0, 1)[torch.tensor(rows, device=hidden.device)]
+    labels = torch.tensor([token for tokens in completions for token in tokens], device="cpu")
     result = linear_logp(
-        scored.to(head.weight), head.weight, torch.tensor([token for tokens in completions for token in tokens]),
+        scored.to(head.weight), head.weight, labels,
         bias=head.bias, softcap=None if transform.softcap is None else transform.softcap / temperature,
         logit_scale=transform.logit_scale / temperature,
     )  # fmt: skip

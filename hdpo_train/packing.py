@@ -121,7 +121,7 @@ def lay_out(pairs: list[tuple[Any, Any, Any]], layout: Layout, pad_token_id: int
     lengths = [sum(map(len, document)) for document in documents]
     rows = layout.rows(lengths)
     width = max(sum(lengths[document] for document in row) for row in rows)
-    input_ids = torch.full((len(rows), width), pad_token_id)
+    input_ids = torch.full((len(rows), width), pad_token_id, device="cpu")
     position_ids = torch.zeros_like(input_ids)
     segment_ids = torch.full_like(input_ids, _PADDING)
     predicting: dict[int, list[Tensor]] = {}  # for each document, where its completions are predicted
@@ -130,15 +130,19 @@ def lay_out(pairs: list[tuple[Any, Any, Any]], layout: Layout, pad_token_id: int
         for d in row:
             prompt, *completions = documents[d]
             end, at = begin + lengths[d], begin + len(prompt)
-            input_ids[b, begin:end] = torch.tensor([int(token) for part in documents[d] for token in part])
-            position_ids[b, begin:at] = torch.arange(len(prompt))
+            input_ids[b, begin:end] = torch.tensor(
+                [int(token) for part in documents[d] for token in part], device="cpu"
+            )
+            position_ids[b, begin:at] = torch.arange(len(prompt), device="cpu")
             segment_ids[b, begin:end] = 3 * d
             predicting[d] = []
             for s, completion in enumerate(completions):
-                position_ids[b, at : at + len(completion)] = torch.arange(len(completion)) + len(prompt)
+                position_ids[b, at : at + len(completion)] = torch.arange(
+                    len(prompt), len(prompt) + len(completion), device="cpu"
+                )
                 if len(completions) > 1:
                     segment_ids[b, at : at + len(completion)] = 3 * d + 1 + s
-                places = torch.arange(at - 1, at + len(completion) - 1)
+                places = torch.arange(at - 1, at + len(completion) - 1, device="cpu")
                 places[:1] = begin + len(prompt) - 1  # the prompt's last token predicts the first of both
                 predicting[d].append(places + b * width)
                 at += len(completion)
@@ -147,7 +151,7 @@ def lay_out(pairs: list[tuple[Any, Any, Any]], layout: Layout, pad_token_id: int
     batch: dict[str, Any] = {
         "input_ids": input_ids,
         "rows": torch.cat([places for d in range(len(documents)) for places in predicting[d]]),
-        "labels": torch.tensor([int(token) for ids in completions for token in ids]),
+        "labels": torch.tensor([int(token) for ids in completions for token in ids], device="cpu"),
         "cu_seqlens": [0, *accumulate(map(len, completions))],
         "num_tokens": sum(2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in pairs),
     }
@@ -163,7 +167,7 @@ def backbone_inputs(model: PreTrainedModel, places: Places) -> dict[str, Any]:
     attention = config._attn_implementation
     position_ids, segment_ids, document_lengths = places
     if _is_flash(config):
-        boundaries = torch.tensor([0, *accumulate(document_lengths)], dtype=torch.int32)
+        boundaries = torch.tensor([0, *accumulate(document_lengths)], dtype=torch.int32, device="cpu")
         boundaries = boundaries.to(position_ids.device, non_blocking=True)
         longest = max(document_lengths)
         varlen = {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries, "max_length_q": longest}

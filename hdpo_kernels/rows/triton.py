@@ -217,6 +217,6 @@ def sequence_sum(values: Tensor, cu_seqlens: list[int]) -> Tensor:
     """(N,) -> (S,) fp32."""
     sums = torch.empty(len(cu_seqlens) - 1, dtype=torch.float32, device=values.device)
     if len(sums):
-        bounds = torch.tensor(cu_seqlens, dtype=torch.int64).to(values.device, non_blocking=True)
+        bounds = torch.tensor(cu_seqlens, dtype=torch.int64, device="cpu").to(values.device, non_blocking=True)
         _sequence_sum_kernel[(len(sums),)](values, bounds, sums, BLOCK_N=BLOCK_N)
     return sums

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from hdpo_kernels import HDPOLoss, hdpo_loss, linear_hdpo_loss, naive
+from hdpo_kernels import HDPOLoss, hdpo_loss, linear_hdpo_loss, linear_logp, naive, sequence_sum
 from hdpo_kernels.testing import (
     HeadInputs,
     Operations,
@@ -562,3 +562,23 @@ def test_hdpo_loss_of_nothing_is_zero(device):
     result = hdpo_loss(logits, labels, [0], None)
     result.loss.backward()
     assert float(result.loss.detach()) == 0 and logits.grad.shape == (0, V)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "sampled"])
+def test_functions_make_host_tensors_on_the_cpu_whatever_the_default_device(gradient):
+    inputs = zipf_inputs(LENGTHS, V, H, masked=0.3)
+
+    def outcome() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        loss = run(linear_hdpo_loss, inputs, gradient=gradient, epsilon=2**-4, chunk_bytes=chunk_bytes(ROWS, inputs))
+        hidden = inputs.hidden.clone().requires_grad_()
+        token = linear_logp(hidden, inputs.weight, inputs.labels, gradient=gradient, epsilon=2**-4)
+        sums = sequence_sum(token.logp, inputs.cu_seqlens)
+        (grad,) = torch.autograd.grad(sums.sum(), hidden)
+        from_logits = hdpo_loss(inputs.hidden @ inputs.weight.T, *inputs[2:])
+        return [*loss.result, loss.d_hidden, loss.d_weight, *token, sums, grad, *from_logits]
+
+    expected = outcome()
+    with torch.device("meta"):
+        got = outcome()
+    assert all(map(torch.equal, got, expected))

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 
 from hdpo_train.data import PairCollator, tokenize_pairs
+from hdpo_train.packing import PADDED, Layout
 from tests.train.tiny import make_records
 
 
@@ -83,6 +84,17 @@ def test_pair_collator_takes_tensors_too():
     expected.pop("examples")
     for key, value in expected.items():
         torch.testing.assert_close(got[key], value)
+
+
+@pytest.mark.parametrize("layout", [PADDED, Layout(packed=True), Layout(packed=True, share="always")], ids=str)
+def test_pair_collator_lays_out_on_the_cpu_whatever_the_default_device(layout):
+    collator, examples = PairCollator(0, layout), random_examples(5, 3, ref=True)
+    expected = collator(examples)
+    with torch.device("meta"):
+        got = collator(examples)
+    assert expected.keys() == got.keys()
+    for key, value in expected.items():
+        assert not isinstance(value, torch.Tensor) or torch.equal(got[key], value), key
 
 
 def test_pair_collator_refuses_an_empty_prompt():
