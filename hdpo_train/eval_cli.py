@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> list[Evaluation]:
     folder.mkdir(parents=True, exist_ok=True)
     ready_made = []
     for path, name in zip(files, names[len(models) :], strict=True):
-        samples = read_samples(path, problems)
+        samples = read_samples(path, problems, settings.stop)
         num_samples = max(sample.number for sample in samples) + 1
         ready_made.append(grade(name, problems, checker, samples, _settings(options, num_samples)))
     samplers = []
@@ -137,9 +137,15 @@ def _settings(options: argparse.Namespace, num_samples: int) -> EvalOptions:
         max_new_tokens=options.max_new_tokens,
         batch_size=options.batch_size,
         seed=options.seed,
+        stop=tuple(map(_unescaped, options.stop)),
         k=tuple(options.k or (k for k in DEFAULT_K if k <= num_samples)),
         self_bleu=not options.no_self_bleu,
     )
+
+
+def _unescaped(text: str) -> str:
+    """A stop string as a shell gives it: few people know how to write a line break there."""
+    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}[found[1]], text)
 
 
 def _names(sources: Sequence[str], given: Sequence[str]) -> list[str]:
@@ -191,6 +197,15 @@ def _parser() -> argparse.ArgumentParser:
     add("temperatures", "beside greedy", type=float, nargs="*", default=[1.0], metavar="T")
     add("k", "of pass@k (default: those of 1 4 8 that num_samples allows)", type=int, nargs="+", metavar="K")
     add("max_new_tokens", "of a completion", type=int, default=256, metavar="N")
+    add(
+        "stop",
+        r"a completion ends before the first of these; \n is a line break, \t a tab; ready-made samples are cut too, "
+        "and have no entropy then",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="TEXT",
+    )
     add("batch_size", "sequences at a time", type=int, default=64, metavar="N")
     add("seed", "of samples and intervals", type=int, default=0, metavar="N")
     add("dtype", "of the weights", choices=("auto", "float32", "bfloat16", "float16"), default="auto")

@@ -36,8 +36,8 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
         "distinct-": "distinct-n: different n-grams of words / all of them, over a prompt's samples.",
         "self-BLEU": f"self-BLEU: of a sample against the prompt's others (at most {SELF_BLEU_SAMPLES}), 0 … 1; lower "
         "is more diverse.",
-        "entropy": "Entropy: exact, nats per generated token, of the distribution sampled from; at temperature 0 that "
-        "of the model itself, temperature 1, along the greedy path.",
+        "entropy": "Entropy: exact, nats per generated token (a completion's end or stop string included), of the "
+        "distribution sampled from; at temperature 0 that of the model itself, temperature 1, along the greedy path.",
     }
     meaning = [note for start, note in notes.items() if any(name.startswith(start) for name in columns)]
     prompts = ", ".join(str(number) for number in sorted({each.num_prompts for each in evaluations}))

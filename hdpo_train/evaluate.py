@@ -34,7 +34,9 @@ class EvalOptions(SamplingOptions):
     @property
     def sampling(self) -> SamplingOptions:
         temperatures = (0.0, *(t for t in self.temperatures if t))
-        return SamplingOptions(self.num_samples, temperatures, self.max_new_tokens, self.batch_size, self.seed)
+        return SamplingOptions(
+            self.num_samples, temperatures, self.max_new_tokens, self.batch_size, self.seed, self.stop
+        )
 
 
 def evaluate(

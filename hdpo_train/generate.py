@@ -8,6 +8,7 @@ that one would have drawn, bit for bit on the same machine with the same version
 
 import hashlib
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.utils import cached_file, logging
 
 from hdpo_kernels import linear_logp
@@ -25,7 +26,7 @@ from hdpo_train.checkers import Problem
 from hdpo_train.head import HeadTransform, UnsupportedHead, bare, find_transform, head_of
 from hdpo_train.models import evaluating
 from hdpo_train.records import BadRecord, chat_prompt
-from hdpo_train.samples import Request, Sample, SamplesFile, digest
+from hdpo_train.samples import Request, Sample, SamplesFile, before_stop, digest
 
 logger = logging.get_logger(__name__)
 
@@ -42,9 +43,13 @@ class SamplingOptions:
     max_new_tokens: int = 256
     batch_size: int = 64  # sequences
     seed: int = 0
+    stop: tuple[str, ...] = ()  # a completion ends before the first of these strings; their order does not matter
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop must be strings that are not empty, got {self.stop!r}")
+        object.__setattr__(self, "stop", tuple(sorted(set(self.stop))))
         for name in ("num_samples", "max_new_tokens", "batch_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -94,6 +99,8 @@ class Sampler:
             "prompt_ids": digest(self._prompt_ids),  # changes with the tokenizer and the chat template
             **asdict(self.options),
         }
+        if not self.options.stop:
+            del header["stop"]  # files from before there were stop strings lack it too
         self._file = SamplesFile(path, header, self._batches)
         self.samples, self._num_drawn = list(self._file.samples), self._file.num_batches
 
@@ -134,17 +141,21 @@ class Sampler:
         temperature = batch[0].temperature
         prompts = [self._prompt_ids[request.prompt] for request in batch]
         torch.manual_seed(_seed(self.options.seed, temperature, number))
-        completions = _complete(model, prompts, temperature, ends)
+        stop = self.options.stop
+        stopping = {"stopping_criteria": [_HasStop(self.tokenizer, stop, max(map(len, prompts)))]} if stop else {}
+        completions = _complete(model, prompts, temperature, ends, **stopping)
+        completions = [_up_to_stop(tokens, stop, self.tokenizer) for tokens in completions]
         nats: list[float | None] = [None] * len(batch)
         if transform is not None:
             nats = [*entropies(model, transform, prompts, completions, temperature or 1.0)]
             if bad := [r for r, value in zip(batch, nats, strict=True) if not math.isfinite(value or 0)]:
                 raise FloatingPointError(f"{self.name} gives prompt {bad[0].prompt + 1} logits that are not finite")
-        texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
-        return [
-            Sample(*request, text, len(tokens), entropy, tokens[-1] in ends)
-            for request, text, tokens, entropy in zip(batch, texts, completions, nats, strict=True)
-        ]
+        samples = []
+        for request, tokens, entropy in zip(batch, completions, nats, strict=True):
+            text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+            kept = before_stop(text, stop)
+            samples.append(Sample(*request, kept, len(tokens), entropy, tokens[-1] in ends or kept != text))
+        return samples
 
 
 def answers(
@@ -278,6 +289,39 @@ def _complete(
     generator: Any = bare(model)
     output = generator.generate(input_ids=ids, attention_mask=mask, **choice)
     return [_up_to_the_end(row, ends) for row in output[:, width:].tolist()]
+
+
+class _HasStop(StoppingCriteria):
+    """Ends generation where every row has a stop string. It saves time only: what a sample is, `_up_to_stop` decides.
+
+    Unlike the stop strings of `generate`, one that begins in the prompt does not count.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...], start: int) -> None:
+        self.tokenizer, self.stop, self.start = tokenizer, stop, start
+        self.tail = max(len(text.encode()) for text in stop) + 8  # tokens: few have less than a byte of text
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        completions = input_ids[:, self.start :]
+        return torch.tensor([self._stops(row) for row in completions.tolist()], device=input_ids.device)
+
+    def _stops(self, tokens: list[int]) -> bool:
+        return _contains(tokens[-self.tail :], self.stop, self.tokenizer) and _contains(
+            tokens, self.stop, self.tokenizer
+        )
+
+
+def _contains(tokens: list[int], stop: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> bool:
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    return any(each in text for each in stop)
+
+
+def _up_to_stop(tokens: list[int], stop: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """With the token that completes the first stop string, counted as an end token is; all if there is none."""
+    if not stop or not _contains(tokens, stop, tokenizer):
+        return tokens
+    shorter = range(1, len(tokens))
+    return tokens[: 1 + bisect_left(shorter, True, key=lambda size: _contains(tokens[:size], stop, tokenizer))]
 
 
 def _batches(num_prompts: int, options: SamplingOptions) -> list[list[Request]]:

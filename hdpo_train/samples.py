@@ -29,9 +29,9 @@ class Sample(NamedTuple):
     temperature: float
     number: int
     completion: str
-    num_tokens: int | None = None  # generated, the end included; None: unknown, of another engine
+    num_tokens: int | None = None  # generated, the end or stop string included; None: unknown, of another engine
     entropy: float | None = None  # nats, summed over these tokens
-    ended: bool | None = None  # by EOS; or cut at max_new_tokens
+    ended: bool | None = None  # by EOS or a stop string; or cut at max_new_tokens
 
 
 class SamplesFile:
@@ -88,11 +88,23 @@ class SamplesFile:
             self._size += file.write(text if self._size else self._header + text)
 
 
-def read_samples(path: Path, problems: Sequence[Problem]) -> list[Sample]:
+def before_stop(text: str, stop: Sequence[str]) -> str:
+    """The text before the stop string that is complete first in it, or all of it.
+
+    First complete, not first begun: a model that is stopped while it writes has not seen what would come later.
+    """
+    found = [(start + len(each), start) for each in stop if (start := text.find(each)) >= 0]
+    return text[: min(found)[1]] if found else text
+
+
+def read_samples(path: Path, problems: Sequence[Problem], stop: Sequence[str] = ()) -> list[Sample]:
     """Ready-made samples of any engine, or those of a `SamplesFile`: JSONL, also .gz.
 
     A line has "prompt", the text or messages of a problem or its number from 0; "completion", a text, or "completions",
     several; and may have "temperature", otherwise 1. Only a `SamplesFile` gives entropies.
+
+    stop: each completion ends before the first of these strings. One that they shorten has ended, and has no known
+    number of tokens and no entropy any more.
 
     Raises ValueError, with the line, for what is not of this form, or of a prompt that is not among the problems.
     """
@@ -118,7 +130,10 @@ def read_samples(path: Path, problems: Sequence[Problem]) -> list[Sample]:
                 raise ValueError(f"{path}, line {number}: {error}") from None
             more = {key: record[key] for key in ("num_tokens", "entropy", "ended")} if is_ours else {}
             for completion in completions:
-                samples.append(Sample(prompt, temperature, drawn[prompt, temperature], completion, **more))
+                sample = Sample(prompt, temperature, drawn[prompt, temperature], completion, **more)
+                if (kept := before_stop(completion, stop)) != completion:
+                    sample = sample._replace(completion=kept, num_tokens=None, entropy=None, ended=True)
+                samples.append(sample)
                 drawn[prompt, temperature] += 1
     if not samples:
         raise ValueError(f"{path} holds no sample")
@@ -160,9 +175,10 @@ def _compare(path: Path, first: bytes, header: bytes) -> None:
         is_ours = False
     if not is_ours:
         raise ValueError(f"{path} is not a file of samples of this program: choose another output folder")
-    for key, value in json.loads(header).items():
-        if key != "name" and found.get(key) != value:
+    asked = json.loads(header)
+    for key in {**asked, **found}:
+        if key != "name" and found.get(key) != asked.get(key):
             raise ValueError(
-                f"{path} holds samples with {key} = {found.get(key)}, this call has {key} = {value}: choose another "
-                "output folder, or delete the file"
+                f"{path} holds samples with {key} = {found.get(key)}, this call has {key} = {asked.get(key)}: choose "
+                "another output folder, or delete the file"
             )

@@ -101,6 +101,16 @@ def test_eval_scores_ready_made_samples_beside_a_model(models, folder):
     assert results(folder) == [mine]  # with the entropies
 
 
+def test_eval_stop_cuts_ready_made_samples_at_a_line_break(folder):
+    write(folder / "vllm.jsonl", [{"prompt": r["prompt"], "completions": [f"{r['answer']}\nQ: 9"]} for r in PROMPTS])
+    options = {"samples": folder / "vllm.jsonl", "checker": "regex:[0-9]$"}
+    argv = words(folder, **options)
+    main([*argv, "--stop=--", r"--stop=\nQ"])
+    assert results(folder)[0].sampled[1.0].accuracy.value == 1
+    main([*words(folder, **{**options, "checker": "regex:9$"}), "--stop", r"\\nQ"])  # a backslash, n, Q: not there
+    assert results(folder)[0].sampled[1.0].accuracy.value == 1
+
+
 def test_eval_reads_other_columns_and_limits(models, folder):
     main(words(folder, model_name_or_path=models / "before", prompt_column="question", limit=2, temperatures=[]))
     (evaluation,) = results(folder)

@@ -22,6 +22,7 @@ from hdpo_train.generate import (
     weights_fingerprint,
 )
 from hdpo_train.head import find_transform
+from hdpo_train.samples import before_stop
 from tests.train.tiny import FAMILIES, VOCAB, make_chain, make_model
 
 PROBLEMS = [Problem("a", {}), Problem("Say bcd efg:", {}), Problem("2. Say sun", {})]
@@ -67,6 +68,39 @@ def test_entropies_are_those_of_the_logits(family, temperature):
             logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].double()
         logp = (logits / temperature).log_softmax(-1)
         assert nats == pytest.approx(-(logp.exp() * logp).sum().item(), rel=1e-5)
+
+
+def test_sampler_stop_ends_a_completion_and_counts_as_the_end_does(tokenizer):
+    """x → a or b; a → c, b → a: "bac", "ac", … stopped by "ac", whose tokens are the last that count."""
+    x, a, b, c = (tokenizer(letter)["input_ids"][0] for letter in "xabc")
+    model = make_chain({x: {a: 0.5, b: 0.5}, b: {a: 1.0}, a: {c: 0.25, b: 0.75}, c: {c: 1.0}})
+    options = SamplingOptions(64, max_new_tokens=200, batch_size=64, stop=("ac", "never"))
+    samples = Sampler([Problem("x", {})], tokenizer, options).run(model)
+    assert {s.completion for s in samples} >= {"", "b"} and all(set(s.completion) <= {*"ab"} for s in samples)
+    for sample in samples:  # each "a" is a choice of c or b, the first token one of a or b
+        choices = sample.completion.count("a") + 1
+        assert sample.ended and sample.num_tokens == len(sample.completion) + 2
+        assert sample.entropy == pytest.approx(math.log(2) + choices * entropy(0.25), rel=1e-4)
+
+
+def test_sampler_stop_only_shortens_what_is_drawn(tokenizer):
+    model, options = make_model(spread=5.0), replace(OPTIONS, temperatures=(1,), num_samples=16, max_new_tokens=24)
+    whole = Sampler(PROBLEMS, tokenizer, options).run(model)
+    stop = ("wind", "in", "o", "u", "Q")
+    cut = Sampler(PROBLEMS, tokenizer, replace(options, stop=stop)).run(model)
+    assert [s.completion for s in cut] == [before_stop(s.completion, stop) for s in whole]
+    changed = [(one, other) for one, other in zip(cut, whole, strict=True) if one != other]
+    assert len(changed) >= 3 and all(one.num_tokens <= other.num_tokens and one.ended for one, other in changed)
+
+
+def test_sampler_stop_does_not_begin_in_the_prompt_and_ends_generation_early(tokenizer, monkeypatch):
+    x, a = (tokenizer(letter)["input_ids"][0] for letter in "xa")
+    model = make_chain({x: {a: 1.0}, a: {a: 1.0}})
+    steps = []
+    model.register_forward_hook(lambda *_: steps.append(1))
+    options = SamplingOptions(1, (0,), max_new_tokens=100, stop=("aaa", "xa"))
+    (sample,) = Sampler([Problem("x", {})], tokenizer, options, entropy=False).run(model)
+    assert (sample.completion, sample.num_tokens, sample.ended, len(steps)) == ("", 3, True, 3)
 
 
 def test_own_entropy_is_that_of_one_answer_to_each_prompt(tokenizer):
@@ -184,10 +218,16 @@ def test_sampler_refuses_a_file_of_other_settings(tokenizer, tmp_path):
         "num_samples": {"options": replace(options, num_samples=9)},
         "prompts": {"problems": PROBLEMS[:2]},
         "model": {"fingerprint": "y"},
+        "stop": {"options": replace(options, stop=("\n",))},
     }
     for name, other in others.items():
         with pytest.raises(ValueError, match=f"samples with {name} = .*, this call has {name} = "):
             kept(tokenizer, path, **{"options": options, **other})
+    stopped = replace(options, stop=("b", "a"))
+    kept(tokenizer, tmp_path / "stopped.jsonl", options=stopped).run(make_model())
+    assert kept(tokenizer, tmp_path / "stopped.jsonl", options=replace(options, stop=("a", "b"))).missing == 0
+    with pytest.raises(ValueError, match=r"samples with stop = \['a', 'b'\], this call has stop = None"):
+        kept(tokenizer, tmp_path / "stopped.jsonl", options=options)
 
 
 def test_sampler_knows_what_is_missing(tokenizer, tmp_path):
@@ -250,6 +290,8 @@ def test_sampler_refuses_what_cannot_be_sampled(tokenizer):
         ({"temperatures": (1, -0.5)}, "a temperature must be a number from 0 on, got -0.5"),
         ({"temperatures": (math.nan,)}, "got nan"),
         ({"temperatures": (1, 1.0)}, "a temperature is given twice"),
+        ({"stop": "Question:"}, "stop must be strings that are not empty, got 'Question:'"),
+        ({"stop": ("a", "")}, "stop must be strings that are not empty"),
     ],
 )
 def test_sampling_options_refuse(options, message):

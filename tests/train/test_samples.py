@@ -6,7 +6,7 @@ import json
 import pytest
 
 from hdpo_train.checkers import Problem
-from hdpo_train.samples import Request, Sample, SamplesFile, digest, read_samples
+from hdpo_train.samples import Request, Sample, SamplesFile, before_stop, digest, read_samples
 
 HEADER = {"name": "é", "model": "abc", "seed": 0}
 BATCHES = [[Request(p, 1.0, i) for i in range(2)] for p in range(3)]
@@ -93,6 +93,31 @@ def test_read_samples_takes_a_file_of_our_own_with_its_entropies(tmp_path):
     assert read_samples(file.path, PROBLEMS) == [sample for batch in BATCHES for sample in draw(batch)]
     with pytest.raises(ValueError, match="line 1: these are samples of other prompts"):
         read_samples(file.path, PROBLEMS[:2])
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "kept"),
+    [
+        ("12\nQ: and", ["\nQ:"], "12"),
+        ("12\nQ: and\nQ: more", ["\nQ:", "and"], "12"),
+        ("abcd", ["abcd", "bc"], "a"),  # "bc" is complete when "abcd" is not yet
+        ("abcd", ["bcd", "cd"], "a"),  # complete at once: the one that began first
+        ("abcd", ["x", "dd"], "abcd"),
+        ("abcd", [], "abcd"),
+        ("ab", ["a"], ""),
+    ],
+)
+def test_before_stop(text, stop, kept):
+    assert before_stop(text, stop) == kept
+
+
+def test_read_samples_with_stop_cuts_and_forgets_what_no_longer_holds(tmp_path):
+    file = SamplesFile(tmp_path / "samples.jsonl", {**HEADER, "prompts": digest([p.prompt for p in PROBLEMS])}, BATCHES)
+    for number, batch in enumerate(BATCHES):
+        file.append([Sample(*request, f"7{'; Q' * number}", 3, 0.5, False) for request in batch])
+    samples = read_samples(file.path, PROBLEMS, stop=["Q", "; Q"])
+    assert {s.completion for s in samples} == {"7"}
+    assert [tuple(s[4:]) for s in samples] == [(3, 0.5, False)] * 2 + [(None, None, True)] * 4
 
 
 @pytest.mark.parametrize(
