@@ -24,7 +24,7 @@ from transformers.utils import cached_file, logging
 from hdpo_kernels import linear_logp
 from hdpo_train.checkers import Problem
 from hdpo_train.head import HeadTransform, UnsupportedHead, bare, find_transform, head_of
-from hdpo_train.models import evaluating
+from hdpo_train.models import backbone_of, evaluating
 from hdpo_train.records import BadRecord, chat_prompt
 from hdpo_train.samples import Request, Sample, SamplesFile, before_stop, digest
 
@@ -233,8 +233,7 @@ def entropies(
     width = max(map(len, texts))
     ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=model.device)
     mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts], device=model.device)
-    backbone: Any = inner.base_model
-    hidden: Tensor = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    hidden: Tensor = backbone_of(inner)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     rows = [
         number * width + len(prompt) - 1 + step
         for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))

@@ -5,7 +5,7 @@ hooks on these calls (DDP's reducer, FSDP's and ZeRO-3's gathering of sharded we
 """
 
 import types
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hdpo_kernels import linear_hdpo_loss
-from hdpo_train.models import evaluating
+from hdpo_train.models import backbone_of, evaluating
 from hdpo_train.packing import Places, backbone_inputs
 
 _BACKBONE_INPUTS = ("input_ids", "attention_mask")
@@ -40,50 +40,65 @@ class PairBatch:
     No tuple and no dataclass: FSDP would find ref_logps in it, and round them to the parameters' dtype.
     """
 
-    def __init__(self, rows: Tensor, labels: Tensor, cu_seqlens: list[int], ref_logps: Tensor | None) -> None:
+    def __init__(
+        self,
+        rows: Tensor,
+        labels: Tensor,
+        cu_seqlens: list[int],
+        ref_logps: Tensor | None,
+        loss_kwargs: Mapping[str, Any],
+    ) -> None:
         self.rows = rows  # (N,) positions in the flattened (B · R) whose hidden state predicts a completion token
         self.labels = labels  # (N,) those tokens
         self.cu_seqlens = cu_seqlens  # 2P + 1 boundaries in N
         self.ref_logps = ref_logps  # (2P,)
+        self.loss_kwargs = loss_kwargs  # keywords of linear_hdpo_loss
 
 
-def attach_loss(model: PreTrainedModel, loss_kwargs: dict[str, Any], transform: HeadTransform | None = None) -> None:
+def attach_loss(model: PreTrainedModel, transform: HeadTransform | None = None) -> None:
     """Teach `model(input_ids=…, attention_mask=… or places=…, pairs=…)` to return an HDPOLoss; without pairs as before.
 
-    `model` is the bare transformers model (inside any peft wrapper), before it is wrapped for distributed training.
-    loss_kwargs: keywords of `linear_hdpo_loss`, read at every call. transform: what comes after the head, if it need
-    not be found out.
+    Nothing of a run is kept in the model: it may be copied, and several trainers may share it.
+
+    model: the bare transformers model (inside any peft wrapper), before it is wrapped for distributed training.
+    transform: what comes after the head, if it need not be found out.
     Raises UnsupportedHead, with the model's name and the reason, if its head cannot be represented.
     """
-    transform = transform or find_transform(model)
-    original: Callable[..., Any] = model.forward
+    head: Any = head_of(model)
+    head.transform = transform or find_transform(model)
+    head.forward = types.MethodType(_HeadWithLoss.forward, head)
+    model.forward = types.MethodType(_ModelWithLoss.forward, model)
 
-    def forward(
-        self: PreTrainedModel, *args: Any, pairs: PairBatch | None = None, places: Places | None = None, **kwargs: Any
-    ) -> Any:
+
+# Both are bound to a module as its forward. They know it as `self` alone, so that a copy of the module runs with its
+# own weights; and they have that name because pickle stores a bound method by its name.
+
+
+class _ModelWithLoss(PreTrainedModel):
+    def forward(self, *args: Any, pairs: PairBatch | None = None, places: Places | None = None, **kwargs: Any) -> Any:
         if pairs is None:
-            return original(*args, **kwargs)
+            return type(self).forward(self, *args, **kwargs)
         inputs = {name: kwargs[name] for name in _BACKBONE_INPUTS if name in kwargs}
         if places is not None:
             inputs |= backbone_inputs(self, places)
-        hidden = self.base_model(**inputs, use_cache=False).last_hidden_state  # (B, R, H)
+        hidden = backbone_of(self)(**inputs, use_cache=False).last_hidden_state  # (B, R, H)
         scored = hidden.flatten(0, 1).index_select(0, pairs.rows.to(hidden.device))  # (N, H)
         return head_of(self)(scored, pairs)
 
+
+class _HeadWithLoss(nn.Linear):
+    transform: HeadTransform
+
     @torch.compiler.disable  # alpha may change with every step, and a float is a constant of a compiled graph
-    def head_forward(self: nn.Linear, hidden: Tensor, pairs: PairBatch | None = None) -> Any:
+    def forward(self, hidden: Tensor, pairs: PairBatch | None = None) -> Any:  # type: ignore[override]
         if pairs is None:
             return type(self).forward(self, hidden)
         if hidden.dtype != self.weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(self.weight.dtype)  # a norm in fp32 above a bf16 head
         return linear_hdpo_loss(
             hidden, self.weight, pairs.labels, pairs.cu_seqlens, pairs.ref_logps,
-            bias=self.bias, softcap=transform.softcap, logit_scale=transform.logit_scale, **loss_kwargs,
+            bias=self.bias, softcap=self.transform.softcap, logit_scale=self.transform.logit_scale, **pairs.loss_kwargs,
         )  # fmt: skip
-
-    head = head_of(model)
-    model.forward = types.MethodType(forward, model)
-    head.forward = types.MethodType(head_forward, head)  # type: ignore[method-assign]
 
 
 def bare(model: nn.Module) -> PreTrainedModel:
@@ -136,7 +151,7 @@ def find_transform(model: PreTrainedModel) -> HeadTransform:
     try:
         with torch.no_grad(), evaluating(model):
             logits = model(input_ids=ids, use_cache=False).logits.float()
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state
     finally:
         hook.remove()
     if (

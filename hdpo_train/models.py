@@ -43,6 +43,15 @@ def disable_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
+def backbone_of(model: PreTrainedModel) -> Any:
+    """The part of a causal language model that gives its hidden states.
+
+    A few families (Llama 4's text model) name a prefix that is not there, and are a base_model of their own.
+    """
+    backbone = model.base_model
+    return backbone if backbone is not model else getattr(model, "model", model)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode; its mode is restored."""

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from hdpo_train.models import evaluating
+from hdpo_train.models import backbone_of, evaluating
 
 logger = logging.get_logger(__name__)
 
@@ -256,7 +256,7 @@ def _probe(model: PreTrainedModel, layout: Layout) -> None:
 
     What is measured: how much nearer to them than those of the same row, run as if it were one sequence.
     """
-    backbone, config = model.base_model, model.config.get_text_config()
+    backbone, config = backbone_of(model), model.config.get_text_config()
     if _is_flash(config) and layout.share != "never":
         raise Unpackable(f"{config._attn_implementation} has no mask to share prompts with (flex_attention, sdpa have)")
     ids = [[token % config.vocab_size for token in range(first, first + 10)] for first in (0, 10)]

@@ -267,7 +267,7 @@ def _prepare(model: Any, args: HDPOConfig, fake: bool = False) -> list[int]:
     if args.disable_dropout:
         disable_dropout(model)
     # a softcap or scale costs nothing here, and finding it needs numbers
-    attach_loss(bare(model), args.loss_kwargs(), HeadTransform(None, 1.0))
+    attach_loss(bare(model), HeadTransform(None, 1.0))
     model.train()
     return offloaded
 
@@ -304,7 +304,10 @@ def _micro_batch(model: nn.Module, args: HDPOConfig, batch: MicroBatch, device: 
     inputs["ref_logps"] = torch.zeros(2 * batch.pairs)
     dtype = _autocast_dtype(args)
     with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
-        loss = model(**model_inputs(inputs, torch.device(device))).loss / args.gradient_accumulation_steps
+        loss = (
+            model(**model_inputs(inputs, torch.device(device), args.loss_kwargs())).loss
+            / args.gradient_accumulation_steps
+        )
     loss.backward()
 
 

@@ -50,6 +50,7 @@ def with_reference(
     batch_size: int,
     cache_dir: str | None,
     name: str,
+    chunk_bytes: int | None = None,
     without_adapter: bool = False,
 ) -> Dataset:
     """The data set with columns ref_chosen_logp and ref_rejected_logp (nats, sums over the completion).
@@ -79,7 +80,7 @@ def with_reference(
             found = torch.tensor(int(logps is not None), device=accelerator.device)
             logps = logps if int(accelerator.reduce(found, "sum")) == accelerator.num_processes else None
         if logps is None:
-            logps = _compute(dataset, model, accelerator, collator, batch_size, name)
+            logps = _compute(dataset, model, accelerator, collator, batch_size, name, chunk_bytes)
             if accelerator.is_main_process:
                 _write_or_warn(path, key, logps)
             accelerator.wait_for_everyone()
@@ -111,7 +112,13 @@ def cache_key(dataset: Dataset, model: nn.Module, precision: str, without_adapte
 
 @torch.no_grad()
 def _compute(
-    dataset: Dataset, model: nn.Module, accelerator: Accelerator, collator: PairCollator, batch_size: int, name: str
+    dataset: Dataset,
+    model: nn.Module,
+    accelerator: Accelerator,
+    collator: PairCollator,
+    batch_size: int,
+    name: str,
+    chunk_bytes: int | None,
 ) -> Tensor:
     loader = DataLoader(
         dataset,  # type: ignore[arg-type]
@@ -124,7 +131,7 @@ def _compute(
     description = f"Reference log-probs ({name})"
     with evaluating(model), as_in_training(model, accelerator):
         for batch in tqdm(loader, desc=description, unit="batch", disable=not accelerator.is_main_process):
-            logps = model(**model_inputs(batch, accelerator.device)).logps.view(-1, 2)
+            logps = model(**model_inputs(batch, accelerator.device, {"chunk_bytes": chunk_bytes})).logps.view(-1, 2)
             parts.append(accelerator.gather_for_metrics(logps).float().cpu())
     logps = torch.cat(parts)
     if len(logps) != len(dataset):
@@ -138,12 +145,14 @@ def _compute(
     return logps
 
 
-def model_inputs(batch: Mapping, device: torch.device) -> dict:
-    """Keywords of the model's forward for a batch of `PairCollator`."""
+def model_inputs(batch: Mapping, device: torch.device, loss_kwargs: Mapping[str, Any]) -> dict:
+    """Keywords of the model's forward for a batch of `PairCollator`; loss_kwargs: those of `linear_hdpo_loss`."""
     on_device: dict[str, Any] = {
         key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()
     }
-    pairs = PairBatch(on_device["rows"], on_device["labels"], on_device["cu_seqlens"], on_device.get("ref_logps"))
+    pairs = PairBatch(
+        on_device["rows"], on_device["labels"], on_device["cu_seqlens"], on_device.get("ref_logps"), loss_kwargs
+    )
     inputs = {"input_ids": on_device["input_ids"], "pairs": pairs}
     if "attention_mask" in on_device:
         return {**inputs, "attention_mask": on_device["attention_mask"]}

@@ -140,7 +140,7 @@ class HDPOTrainer(WholeCheckpoints):
             if each is not policy and self.place_model_on_device:
                 each.to(args.device)
             with gathered(each):
-                attach_loss(bare(each), self.loss_kwargs)
+                attach_loss(bare(each))
         with contextlib.ExitStack() as stack:
             for each in models:
                 stack.enter_context(gathered(each))
@@ -154,6 +154,7 @@ class HDPOTrainer(WholeCheckpoints):
                 accelerator=self.accelerator,
                 collator=collator,
                 batch_size=args.precompute_ref_batch_size or args.train_batch_size,
+                chunk_bytes=args.chunk_bytes,
                 cache_dir=args.ref_cache_dir,
                 name=name,
                 without_adapter=peft_config is not None and reference is policy,
@@ -205,7 +206,7 @@ class HDPOTrainer(WholeCheckpoints):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        result: HDPOLoss = model(**model_inputs(inputs, self.accelerator.device))
+        result: HDPOLoss = model(**model_inputs(inputs, self.accelerator.device, self.loss_kwargs))
         weight = inputs.get("weight", 1.0)  # 0: the pair is a repeat
         self._sums["train" if model.training else "eval"].append(self._batch_sums(result, inputs) * (weight > 0))
         loss = result.loss * weight

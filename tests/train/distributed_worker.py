@@ -175,7 +175,7 @@ def compare_sharded(folder: Path, options: dict[str, Any]) -> None:
     batch["ref_logps"] = -10 - torch.arange(8.0)
     whole, sharded = make_model(), make_model()
     for model in (whole, sharded):
-        attach_loss(model, {"alpha": 0.9, "beta": 0.5, **options})
+        attach_loss(model)
     mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in sharded.model.layers:
         fully_shard(layer, mesh=mesh)
@@ -183,7 +183,7 @@ def compare_sharded(folder: Path, options: dict[str, Any]) -> None:
     losses = []
     for model in (whole, sharded):
         torch.manual_seed(0)
-        result = model(**model_inputs(batch, torch.device("cpu")))
+        result = model(**model_inputs(batch, torch.device("cpu"), {"alpha": 0.9, "beta": 0.5, **options}))
         result.loss.backward()
         losses.append(result.loss.detach())
     torch.testing.assert_close(losses[1], losses[0])

@@ -77,7 +77,7 @@ def make_examples(seed=0, count=4, prompt=(1, 14), completion=(1, 9)):
 
 def step(model, examples, layout, autocast=False):
     """The result and the gradients of one batch. The loss has been attached to the model."""
-    inputs = model_inputs(PairCollator(VOCAB - 1, layout)(examples), CPU)
+    inputs = model_inputs(PairCollator(VOCAB - 1, layout)(examples), CPU, {"alpha": 0.8, "beta": 0.5})
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         result = model(**inputs)
     names, parameters = zip(*model.named_parameters(), strict=True)
@@ -93,7 +93,7 @@ def assert_same_step(one, other, tolerance=2e-4):
 
 def with_loss(name, attention="sdpa"):
     model = make(name, attention)
-    attach_loss(model, {"alpha": 0.8, "beta": 0.5})
+    attach_loss(model)
     return model
 
 
@@ -160,7 +160,7 @@ def test_shared_prompt_in_bf16_autocast(attention):
 def test_flex_attention_gets_the_mask_of_sdpa():
     """Its forward: torch 2.13 has no backward of it on a CPU."""
     model, examples = with_loss("gemma2", "sdpa"), make_examples(count=2)
-    inputs = model_inputs(PairCollator(0, ONE_ROW)(examples), CPU)
+    inputs = model_inputs(PairCollator(0, ONE_ROW)(examples), CPU, {"alpha": 0.8, "beta": 0.5})
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiling takes minutes on a CPU
         expected = model(**inputs)
         model.set_attn_implementation("flex_attention")

@@ -21,7 +21,7 @@ def dataset(tokenizer):
 
 @pytest.fixture
 def policy(model):
-    attach_loss(model, {"alpha": 0.9, "beta": 0.1})
+    attach_loss(model)
     return model
 
 
@@ -109,6 +109,6 @@ def test_with_reference_names_the_pair_of_a_nan(dataset, refer):
     broken = make_model()
     with torch.no_grad():
         broken.get_input_embeddings().weight[dataset[2]["rejected_ids"][0]] = float("nan")
-    attach_loss(broken, {})
+    attach_loss(broken)
     with pytest.raises(FloatingPointError, match=r"pair .* of the train set"):
         run(dataset, broken)

@@ -342,6 +342,20 @@ def test_init_takes_reference_from_ref_model(tokenizer, config):
         assert trainer.train_dataset[column][:] == pytest.approx(alone.train_dataset[column][:], rel=1e-5)
 
 
+def test_compute_loss_takes_its_own_alpha_where_trainers_share_a_model(tokenizer, config):
+    model, losses = make_model(), []
+    trainers = [make_trainer(config(alpha=alpha), tokenizer, model) for alpha in (1.0, 0.5)]
+    for trainer in trainers:
+        batch = trainer.data_collator(list(trainer.train_dataset.select(range(4))))
+        losses.append(trainer.compute_loss(model, batch).item())
+    chosen, rejected = (
+        torch.tensor(trainers[0].train_dataset[f"ref_{side}_logp"][:4]) for side in ("chosen", "rejected")
+    )
+    margins = -0.5 * 0.1 * (chosen - rejected)  # (α − 1)·β·(ρ_w − ρ_l)
+    assert losses[0] == pytest.approx(0.693147, abs=1e-5)
+    assert losses[1] == pytest.approx(-torch.nn.functional.logsigmoid(margins).mean().item(), rel=1e-4)
+
+
 def test_init_disables_dropout(tokenizer, config):
     model = make_model("gpt2").train()
     make_trainer(config(), tokenizer, model)
