@@ -1,23 +1,21 @@
 """The command line: hdpo-train (= python -m hdpo_train; accelerate launch -m hdpo_train …)."""
 
-import argparse
-import copy
-import dataclasses
 import gc
 import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
+from hdpo_train.command_line import UsageError, did_you_mean, end, run_command
 from hdpo_train.config import HDPOConfig, ScriptArguments
 from hdpo_train.data import load_records
 from hdpo_train.models import add_adapter, load_model, load_tokenizer
+from hdpo_train.options import TrainingParser, is_file_of_options, parse_options
 from hdpo_train.report import METRICS_FILE, REPORT_FILE
 from hdpo_train.trainer import HDPOTrainer
 
@@ -40,59 +38,57 @@ Trains a causal language model on preference pairs with H-DPO: DPO with control 
 Records: {"prompt", "chosen", "rejected"} as strings or chat messages; the prompt may be left out where both completions
 begin with it. A run leaves the model, metrics.jsonl and report.png in output_dir.
 """
-_COMMANDS = {  # each module has main(argv)
-    "quickstart": "hdpo_train.quickstart",
+_PLAN = """\
+What a step will need, by the options of a run: memory by kind, and seconds. Of the model only its config is read, and
+no data.
+
+  hdpo-train plan --model_name_or_path MODEL --max_length 2048 --per_device_train_batch_size 4
+"""
+_COMMANDS_OF_THEIR_OWN = {  # each module has main(argv)
     "eval": "hdpo_train.eval_cli",
     "sweep": "hdpo_train.sweep",
+    "quickstart": "hdpo_train.quickstart",
 }
-_COMMON = (
-    "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "bf16", "fp16",
-    "activation_checkpointing", "gradient_checkpointing", "logging_steps", "eval_strategy", "eval_steps", "save_steps",
-    "save_total_limit", "resume_from_checkpoint", "report_to", "seed", "use_cpu",
-)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
     """A command of the command line. Exit codes: 2 for an error that is said in words, 130 after Ctrl-C."""
-    try:
-        _run(sys.argv[1:] if argv is None else argv)
-    except KeyboardInterrupt as interrupt:  # the trainer's says where the run stands
-        print(f"\nhdpo-train: {str(interrupt) or 'interrupted'}", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
-def _run(argv: list[str]) -> None:
-    if not argv or argv[0] in _COMMANDS:
-        command_of_its_own = importlib.import_module(_COMMANDS[argv[0] if argv else "quickstart"])
-        try:
-            command_of_its_own.main(argv[1:])
-        except (ValueError, OSError, FloatingPointError) as error:
-            _fail(str(error))
-        return
-    parser = _parser()
-    if {"-h", "--help"} & set(argv):
-        _print_help(parser)
-        return
-    if "--help_all" in argv:
-        parser.print_help()
-        return
-    command: Callable[[ScriptArguments, HDPOConfig], Any] = train
-    if argv[0] == "plan":
-        command, argv = plan, argv[1:]
+    argv = list(sys.argv[1:] if argv is None else argv)
     if not argv:
-        _fail("plan needs the options of a run: hdpo-train plan --model_name_or_path MODEL --max_length 2048 …")
-    script, args = parse_options(argv)
-    try:
-        command(script, args)
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        if args.log_level == "debug":
-            raise
-        _fail(f"{error}\n(--log_level debug shows where this was raised)")
+        name = "quickstart"
+    elif argv[0].startswith("-") or is_file_of_options(argv[0]):
+        name = "train"
+    else:
+        name = argv.pop(0)
+    commands = {
+        "train": _train_command,
+        "plan": _plan_command,
+        **{each: _load(each) for each in _COMMANDS_OF_THEIR_OWN},
+    }
+    if name not in commands:
+        near = did_you_mean(name, commands)
+        end("hdpo-train", f"no command {name!r}{near or '; there are ' + ', '.join(commands)}", 2)
+    run_command("hdpo-train" if name == "train" else f"hdpo-train {name}", commands[name], argv)
+
+
+def _load(name: str) -> Callable[[list[str]], Any]:
+    return lambda argv: importlib.import_module(_COMMANDS_OF_THEIR_OWN[name]).main(argv)
+
+
+def _train_command(argv: list[str]) -> None:
+    train(*parse_options(argv, TrainingParser(description=_EXAMPLES)))
     if dist.is_initialized():
         # The group outlives this in the trainer's cycles; a thread of gloo that meets Python's end ends in SIGABRT.
         gc.collect()
         dist.destroy_process_group()
+
+
+def _plan_command(argv: list[str]) -> None:
+    if not argv:
+        raise UsageError(
+            "plan needs the options of a run: hdpo-train plan --model_name_or_path MODEL --max_length 2048 …"
+        )
+    plan(*parse_options(argv, TrainingParser("hdpo-train plan", _PLAN)))
 
 
 def train(script: ScriptArguments, args: HDPOConfig) -> HDPOTrainer:
@@ -177,79 +173,6 @@ def _lora(script: ScriptArguments) -> Any:
         target_modules=script.lora_target_modules or "all-linear",
         task_type="CAUSAL_LM",
     )
-
-
-def _parser() -> HfArgumentParser:
-    parser = HfArgumentParser([ScriptArguments, HDPOConfig], prog="hdpo-train", add_help=False, allow_abbrev=False)  # type: ignore[list-item]
-    parser.add_argument("-h", "--help", action="store_true", help="The options most used.")
-    parser.add_argument("--help_all", action="store_true", help="Every option.")
-    return parser
-
-
-def parse_options(argv: list[str]) -> tuple[ScriptArguments, HDPOConfig]:
-    """Flags over the YAML file's values over defaults. Ends the program for an option that does not exist."""
-    parser = _parser()
-    if argv[0].endswith((".yaml", ".yml")):
-        parser.set_defaults(**_read_yaml(argv[0]))
-        argv = argv[1:]
-    for at, word in enumerate(argv):
-        bare_flag = word == "--resume_from_checkpoint" and (at + 1 == len(argv) or argv[at + 1].startswith("--"))
-        if bare_flag:
-            argv = [*argv[: at + 1], "true", *argv[at + 1 :]]
-    try:
-        script, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[:2]
-    except ValueError as error:  # an option out of range, or one that does not exist
-        _fail(str(error))
-    return script, args
-
-
-def _read_yaml(name: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        _fail(f"{name} cannot be read: {error}")
-    if not isinstance(values, dict):
-        _fail(f"{name} must hold options as 'name: value' lines")
-    known = {field.name for kind in (ScriptArguments, HDPOConfig) for field in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        _fail(f"{name}: no such option: {', '.join(unknown)} (hdpo-train --help_all lists them)")
-    return values  # argparse converts those that are strings, such as 5e-7, which YAML takes for one
-
-
-def _print_help(parser: HfArgumentParser) -> None:
-    """The parser's options, those most used only, in groups."""
-    own = [field for field in HDPOConfig.__annotations__ if not field.startswith("_") and field not in _COMMON]
-    groups = {
-        "model and data": [field.name for field in dataclasses.fields(ScriptArguments)],
-        "loss, reference, lengths": [name for name in own if name != "logging_nan_inf_filter"],
-        "training (transformers.TrainingArguments; all of them: --help_all)": list(_COMMON),
-    }
-    actions: dict[str, argparse.Action] = {}
-    for action in parser._actions:
-        shown = copy.copy(action)
-        shown.option_strings = action.option_strings[:1]  # not the spelling with dashes too
-        if action.choices is None or len(list(action.choices)) > 5:
-            shown.choices, shown.metavar = None, "X"
-        if action.default is not None and action.help:
-            shown.help = f"{action.help} [{getattr(action.default, 'value', action.default)}]".replace("%", "%%")
-        actions.setdefault(action.dest, shown)
-    short = argparse.ArgumentParser(
-        prog="hdpo-train",
-        usage="hdpo-train [CONFIG.yaml] [--option value …]",
-        description=_EXAMPLES,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=118),
-        add_help=False,
-    )
-    for title, names in groups.items():
-        group = short.add_argument_group(title)
-        group._group_actions.extend(actions[name] for name in names if name in actions)
-    short.print_help()
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"hdpo-train: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 if __name__ == "__main__":

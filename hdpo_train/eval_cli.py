@@ -15,6 +15,7 @@ import torch
 from transformers.utils import logging
 
 from hdpo_train.checkers import Problem, make_checker
+from hdpo_train.command_line import Parser, check_output_dir
 from hdpo_train.eval_report import draw, markdown
 from hdpo_train.evaluate import EvalOptions, grade, judge
 from hdpo_train.generate import Sampler, files_fingerprint
@@ -45,8 +46,7 @@ columns, needs --run_code"""
 
 
 def main(argv: list[str]) -> None:
-    parser = _parser()
-    options = parser.parse_args(argv)
+    options = _parser().parse(argv)
     logging.disable_progress_bar()
     evaluations = run(options)
     folder = Path(options.output_dir)
@@ -67,6 +67,7 @@ def run(options: argparse.Namespace) -> list[Evaluation]:
     if not models and not files:
         raise ValueError("there is nothing to evaluate: give --model_name_or_path or --samples")
     names = _names([*models, *options.samples], options.names)
+    folder = check_output_dir(options.output_dir)
     problems = load_problems(options.prompts, prompt_column=options.prompt_column, limit=options.limit)
     checker = make_checker(
         options.checker, answer_column=options.answer_column, run_code=options.run_code,
@@ -76,7 +77,6 @@ def run(options: argparse.Namespace) -> list[Evaluation]:
     for number, problem in enumerate(problems[:1] if runs_code else problems, 1):
         judge(checker, problem, "", number)  # are the records what the checker needs?
     settings = _settings(options, options.num_samples)
-    folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     ready_made = []
     for path, name in zip(files, names[len(models) :], strict=True):
@@ -161,8 +161,8 @@ def _names(sources: Sequence[str], given: Sequence[str]) -> list[str]:
     return names
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="hdpo-train eval",
         description=_DESCRIPTION,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=118),

@@ -30,10 +30,12 @@ from transformers.utils import logging
 
 from hdpo_train import quickstart, sweep_report
 from hdpo_train.checkers import Checker, Problem, make_checker
+from hdpo_train.command_line import Parser, UsageError, check_output_dir
 from hdpo_train.config import HDPOConfig, ScriptArguments
 from hdpo_train.eval_cli import DEFAULT_K, load_problems
 from hdpo_train.evaluate import EvalOptions, evaluate, judge
 from hdpo_train.models import load_model, load_tokenizer
+from hdpo_train.options import TrainingParser, parse_options, with_file
 from hdpo_train.scores import Evaluation
 from hdpo_train.sweep_report import Sweep
 
@@ -169,7 +171,7 @@ class Plan:
 
     def settings(self) -> dict[str, Any]:
         """What must be the same in all runs: training options that are not the default, and all of the evaluation."""
-        script, args = _parse([*self.training, "--output_dir", "sweep"])
+        script, args = parse_options([*self.training, "--output_dir", "sweep"])
         if args.alpha_schedule != "constant" or args.target_entropy is not None:
             raise ValueError("a sweep compares runs of constant alpha: leave out alpha_schedule and target_entropy")
         chosen: dict[str, Any] = {}
@@ -204,7 +206,13 @@ def sweep(folder: Path, source: Source, plan: Plan) -> Sweep:
             time_left = f"; about {_duration(left)} left" if left else ""
             print(f"{number} of {len(jobs)}: {job.name}{time_left}", flush=True)
             started = time.perf_counter()
-            job.run()
+            try:
+                job.run()
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(
+                    f"interrupted in {number} of {len(jobs)}, {job.name}; those before it are finished, and the same "
+                    "command goes on from there"
+                ) from None
             durations.append(time.perf_counter() - started)
         (base if alpha is None else runs[alpha]).append(Evaluation.load(job.folder / EVALUATION_FILE))
     print(f"{len(jobs)} models evaluated, {len(jobs) - len(durations)} of them before")
@@ -261,7 +269,7 @@ class _Job:
             "overwrite_output_dir": True,
         }  # fmt: skip
         try:
-            trainer = make_trainer(*_parse([*self.plan.training, *words(options)]))
+            trainer = make_trainer(*parse_options([*self.plan.training, *words(options)]))
             trainer.remove_callback(PrinterCallback)  # metrics.jsonl has every log line
             trainer.train(resume_from_checkpoint=started_before)
             trainer.save_model()
@@ -271,7 +279,7 @@ class _Job:
 
     def _evaluate(self, base: Base) -> None:
         plan, name = self.plan, base.model if self.alpha is None else str(self.folder)
-        script, args = _parse([*plan.training, "--output_dir", str(self.folder)])
+        script, args = parse_options([*plan.training, "--output_dir", str(self.folder)])
         remote_code = {"trust_remote_code": script.trust_remote_code}
         model: Any = load_model(name, {"dtype": script.dtype, **remote_code})
         model.to(args.device)
@@ -317,13 +325,15 @@ def _claim(folder: Path, source: Source, plan: Plan) -> Plan:
 
 
 def main(argv: list[str]) -> None:
-    options, training = _parser().parse_known_args(argv)
+    options, training = _parser().split(argv, also=TrainingParser()._option_string_actions)
+    training = with_file(training)
     for word in training:
         if word.split("=")[0] in SET_BY_THE_SWEEP:
-            raise ValueError(f"{word.split('=')[0]} is set by the sweep for every run: leave it out")
+            raise UsageError(f"{word.split('=')[0]} is set by the sweep for every run: leave it out")
+    parse_options(training)  # refused before prompts and models are read
+    folder = check_output_dir(options.output_dir)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    folder = Path(options.output_dir)
     own = (options.model_name_or_path, options.dataset_name, options.prompts, options.checker)
     source: Source
     if any(own):
@@ -356,11 +366,14 @@ def main(argv: list[str]) -> None:
     print(f"\n{sweep_report.markdown(result)}\n\n{folder / sweep_report.REPORT_FILE}, {sweep_report.PLOT_FILE}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     def alphas(text: str) -> tuple[float, ...]:
-        return tuple(float(word) for word in text.split(","))
+        try:
+            return tuple(float(word) for word in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"numbers with commas between them are needed, got {text!r}") from None
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hdpo-train sweep",
         usage="hdpo-train sweep [--alpha 0.8,1,1.2] [--seeds N] [--option value …] [options of hdpo-train]",
         description=_EXAMPLES,
@@ -397,12 +410,6 @@ def _parser() -> argparse.ArgumentParser:
 def words(options: dict[str, Any]) -> list[str]:
     """Options as words of a command line."""
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
-
-
-def _parse(argv: Sequence[str]) -> tuple[ScriptArguments, HDPOConfig]:
-    from hdpo_train.__main__ import parse_options  # which imports this module in its turn
-
-    return parse_options(list(argv))
 
 
 def _partial(path: Path) -> Path:

@@ -3,7 +3,6 @@
 demonstrations ── SFT ──> model ── sample, judge ──> pairs ── H-DPO, α = 1, α < 1 ──> models ── evaluate ──> table
 """
 
-import argparse
 import copy
 import json
 import random
@@ -21,6 +20,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
 from hdpo_train.checkers import Problem
+from hdpo_train.command_line import Parser, check_output_dir
 from hdpo_train.config import HDPOConfig
 from hdpo_train.evaluate import EvalOptions, evaluate
 from hdpo_train.generate import SamplingOptions, answers
@@ -71,16 +71,17 @@ class Settings:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hdpo-train quickstart",
+        allow_abbrev=False,
         description="H-DPO from nothing, on this machine: a small model learns a task from demonstrations, is "
         "trained on pairs of its own answers with α = 1 (DPO) and α < 1, and is measured before and after.",
     )
     parser.add_argument("--output_dir", default="hdpo-quickstart", help="folder of all results (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=Settings.seed, help="of everything random (default: %(default)s)")
     parser.add_argument("--alpha", type=float, default=Settings.alpha, help="beside α = 1 (default: %(default)s)")
-    options = parser.parse_args(argv)
-    run(Path(options.output_dir), Settings(seed=options.seed, alpha=options.alpha))
+    options = parser.parse(argv)
+    run(check_output_dir(options.output_dir), Settings(seed=options.seed, alpha=options.alpha))
 
 
 def run(folder: Path, settings: Settings) -> dict[str, Evaluation]:

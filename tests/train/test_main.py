@@ -97,7 +97,8 @@ def test_main_reads_gzip_and_parquet(folder):
 
 @pytest.mark.parametrize("flag", ["--help", "-h", "--help_all"])
 def test_main_help_teaches(flag, capsys):
-    main([flag])
+    with pytest.raises(SystemExit, match="0"):
+        main([flag])
     text = capsys.readouterr().out
     for word in ("--alpha", "sharpens", "--gradient", "--epsilon", "--on_bad_record", "--dataset_name"):
         assert word in text

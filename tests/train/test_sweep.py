@@ -119,7 +119,7 @@ def test_sweep_evaluates_a_trained_model_without_training_it_again(inputs, swept
 
 
 @pytest.mark.parametrize("save_steps", [1, 500])
-def test_sweep_goes_on_with_a_killed_run(inputs, tmp_path, jobs, monkeypatch, save_steps):
+def test_sweep_goes_on_with_a_killed_run(inputs, tmp_path, jobs, monkeypatch, capsys, save_steps):
     folder, save = tmp_path / "sweep", HDPOTrainer.save_model
 
     def killed(trainer, output_dir=None, *args, **kwargs):
@@ -131,6 +131,8 @@ def test_sweep_goes_on_with_a_killed_run(inputs, tmp_path, jobs, monkeypatch, sa
     monkeypatch.setattr(HDPOTrainer, "save_model", killed)
     with pytest.raises(SystemExit, match="130"):
         main(argv)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("hdpo-train sweep: interrupted in 2 of 2, α = 1, seed 0;") and "goes on" in message
     assert not (folder / "alpha-1" / "seed-0").exists() and (folder / "alpha-1" / "seed-0.partial").exists()
     monkeypatch.setattr(HDPOTrainer, "save_model", save)
     resumed = []

@@ -1,0 +1,204 @@
+"""Options of a run: words of the command line, over those of a YAML file, over the defaults.
+
+run.yaml ── words_of_file ──> --name=value … ─┬─ TrainingParser ──> ScriptArguments, HDPOConfig
+argv ─────────────────────────────────────────┘
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
+
+from hdpo_train.command_line import Parser, UsageError, did_you_mean
+from hdpo_train.config import HDPOConfig, ScriptArguments
+
+KINDS: tuple[Any, ...] = (ScriptArguments, HDPOConfig)
+_COMMON = (
+    "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "bf16", "fp16",
+    "activation_checkpointing", "gradient_checkpointing", "logging_steps", "eval_strategy", "eval_steps", "save_steps",
+    "save_total_limit", "resume_from_checkpoint", "report_to", "seed", "use_cpu",
+)  # fmt: skip
+
+
+class TrainingParser(Parser, HfArgumentParser):
+    """Every option of a run. "None" stands for None wherever that is a value, and any flag may stand alone."""
+
+    def __init__(self, prog: str = "hdpo-train", description: str = "") -> None:
+        super().__init__(KINDS, prog=prog, description=description, add_help=False, allow_abbrev=False)
+        self._hints: dict[str, Any] = {}
+        for kind in KINDS:
+            self._hints |= typing.get_type_hints(kind)
+        for action in self._actions:
+            if action.type is string_to_bool and action.nargs is None:
+                action.nargs, action.const = "?", True
+            if action.dest == "resume_from_checkpoint":
+                action.nargs, action.const = "?", "true"
+            if self.may_be(action, list):
+                action.nargs = "+"
+            elif (typing.get_origin(action.type) or action.type) is dict:
+                action.type = _or_none(_mapping)
+            elif action.type is not None and self.may_be(action, type(None)):
+                action.type = _or_none(typing.cast(Callable[[str], Any], action.type))
+        self.add_argument("-h", "--help", action="store_true", help="The options most used.")
+        self.add_argument("--help_all", action="store_true", help="Every option.")
+
+    def may_be(self, action: argparse.Action, kind: type) -> bool:
+        """Whether a value of that type is allowed by the option's annotation."""
+        hint = self._hints.get(action.dest)
+        return any((typing.get_origin(part) or part) is kind for part in (hint, *typing.get_args(hint)))
+
+    def options(self, argv: Sequence[str]) -> tuple[ScriptArguments, HDPOConfig]:
+        given = vars(self.parse(argv))
+        if given["help_all"]:
+            super().print_help()
+            raise SystemExit(0)
+        for action in self._actions:
+            value = given[action.dest]
+            if isinstance(value, list) and len(value) == 1 and self.may_be(action, str):
+                given[action.dest] = value[0]  # one word, which can mean something else than a list of one
+        script, args = (
+            kind(**{field.name: given[field.name] for field in dataclasses.fields(kind) if field.init})
+            for kind in KINDS
+        )
+        return script, args
+
+    def print_help(self, file: Any = None) -> None:
+        """The options most used, in groups."""
+        own = [field for field in HDPOConfig.__annotations__ if not field.startswith("_") and field not in _COMMON]
+        groups = {
+            "model and data": [field.name for field in dataclasses.fields(ScriptArguments)],
+            "loss, reference, lengths": [name for name in own if name != "logging_nan_inf_filter"],
+            "training (transformers.TrainingArguments; all of them: --help_all)": list(_COMMON),
+        }
+        actions: dict[str, argparse.Action] = {}
+        for action in self._actions:
+            shown = copy.copy(action)
+            shown.option_strings = action.option_strings[:1]  # not the spelling with dashes too
+            if action.choices is None or len(list(action.choices)) > 5:
+                shown.choices, shown.metavar = None, "X"
+            if action.default is not None and action.help:
+                shown.help = f"{action.help} [{getattr(action.default, 'value', action.default)}]".replace("%", "%%")
+            actions.setdefault(action.dest, shown)
+        short = argparse.ArgumentParser(
+            prog=self.prog,
+            usage=f"{self.prog} [CONFIG.yaml] [--option value …]",
+            description=self.description,
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=118),
+            add_help=False,
+        )
+        for title, names in groups.items():
+            group = short.add_argument_group(title)
+            group._group_actions.extend(actions[name] for name in names if name in actions)
+        short.print_help(file)
+
+
+def parse_options(argv: Sequence[str], parser: TrainingParser | None = None) -> tuple[ScriptArguments, HDPOConfig]:
+    """Of the command line, whose first word may be the name of a YAML file.
+
+    Raises UsageError for an option that does not exist or a value of another type, ValueError for one out of range.
+    """
+    return (parser or TrainingParser()).options(with_file(argv))
+
+
+def with_file(argv: Sequence[str]) -> list[str]:
+    """The words, with those of the YAML file in its place where the first word names one."""
+    files = [word for word in argv[:2] if is_file_of_options(word)]
+    if len(files) > 1:
+        raise UsageError(f"options are read from one YAML file, not from {' and '.join(files)}")
+    return [*words_of_file(argv[0]), *argv[1:]] if argv and argv[0] in files else list(argv)
+
+
+def is_file_of_options(word: str) -> bool:
+    return word.endswith((".yaml", ".yml")) and not word.startswith("-")
+
+
+def words_of_file(name: str) -> list[str]:
+    """The options of a YAML file as words of a command line.
+
+    A value is read as it is written there: "save_strategy: no" is the word no, as on the command line, not YAML's
+    false.
+    """
+    parser = TrainingParser()
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "help_all")}
+    words = []
+    for option, node in _entries(name):
+        if option not in actions:
+            raise UsageError(
+                f"{name}: no such option: {option}{did_you_mean(option, actions)} (hdpo-train --help_all lists them)"
+            )
+        try:
+            more = _words(parser, actions[option], node)
+            parser.parse(more)
+        except (ValueError, yaml.YAMLError) as error:
+            raise UsageError(f"{name}, line {node.start_mark.line + 1}: {' '.join(str(error).split())}") from error
+        words += more
+    return words
+
+
+def _entries(name: str) -> list[tuple[str, yaml.Node]]:
+    try:
+        with open(name, encoding="utf-8") as file:
+            loader = yaml.SafeLoader(file)
+            root = loader.get_single_node()
+        if not isinstance(root, yaml.MappingNode):
+            raise UsageError(f"{name} must hold options as 'name: value' lines")
+        options = [str(key.value) for key, _ in root.value]
+        loader.flatten_mapping(root)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{name} cannot be read: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise UsageError(f"{name} cannot be read: {error.strerror}") from error
+    if twice := [option for number, option in enumerate(options) if option in options[:number]]:
+        raise UsageError(f"{name}: {twice[0]} is given twice")
+    return [(str(key.value), value) for key, value in root.value]
+
+
+def _words(parser: TrainingParser, action: argparse.Action, node: yaml.Node) -> list[str]:
+    """An option of the file as words of the command line."""
+    option = f"--{action.dest}"
+    if isinstance(node, yaml.MappingNode):
+        if not parser.may_be(action, dict):
+            raise UsageError(f"{option} takes no mapping")
+        return [f"{option}={json.dumps(_value(node), default=str)}"]
+    if isinstance(node, yaml.SequenceNode):
+        if action.nargs != "+" or not all(isinstance(part, yaml.ScalarNode) for part in node.value):
+            kind = "a list of words" if action.nargs == "+" else "one value"
+            raise UsageError(f"{option} takes {kind}, got the list {_value(node)}")
+        return [option, *(part.value for part in node.value)]
+    if node.tag == "tag:yaml.org,2002:null":
+        if not parser.may_be(action, type(None)):
+            raise UsageError(f"{option} has no value")
+        return [] if action.nargs == "+" else [f"{option}=None"]
+    if node.tag == "tag:yaml.org,2002:bool" and parser.may_be(action, bool):
+        return [f"{option}={str(_value(node)).lower()}"]  # "on" and "off" too
+    return [f"{option}={node.value}"]
+
+
+def _value(node: yaml.Node) -> Any:
+    return yaml.SafeLoader("").construct_document(node)
+
+
+def _mapping(word: str) -> dict[str, Any]:
+    try:
+        value = json.loads(word)
+    except RecursionError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'a mapping in JSON is needed, like {{"key": 1}}; got {word[:80]!r}')
+    return value
+
+
+def _or_none(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    def optional(word: str) -> Any:
+        return None if word == "None" else convert(word)
+
+    optional.__name__ = getattr(convert, "__name__", "value")  # in argparse's messages
+    return optional
