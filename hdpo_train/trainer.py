@@ -1,9 +1,8 @@
 """HDPOTrainer: transformers.Trainer with the H-DPO loss, packed batches and a reference that is never in memory."""
 
 import contextlib
-from collections import defaultdict
-from collections.abc import Callable
-from itertools import pairwise
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from hdpo_train.config import HDPOConfig
 from hdpo_train.data import PairCollator, pair_tokens, tokenize_pairs
 from hdpo_train.generate import own_entropy
 from hdpo_train.head import attach_loss, bare, head_of, whole_shape
+from hdpo_train.metrics import batch_sums, finite, means
 from hdpo_train.models import add_adapter, disable_dropout, load_model, load_tokenizer
 from hdpo_train.output_dir import checkpoint_to_resume, claim_output_dir, interrupted
 from hdpo_train.packing import find_layout
@@ -62,6 +62,7 @@ class HDPOTrainer(WholeCheckpoints):
     """
 
     args: HDPOConfig
+    _sums: list[Tensor] | None = None  # where the metrics of the batches go whose loss is being computed
 
     def __init__(
         self,
@@ -132,7 +133,7 @@ class HDPOTrainer(WholeCheckpoints):
             self.add_callback(OwnRandomNumbers(self.accelerator, args.seed))
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch's pairs, and
         self.loss_is_scaled_for_ga = False  # Trainer divides it by the number of accumulation steps
-        self._sums: dict[str, list[Tensor]] = defaultdict(list)  # per mode: one vector per batch, see _SUMS
+        self._trained: list[Tensor] = []  # sums of the batches since the last log
         self.loss_kwargs = args.loss_kwargs()  # its alpha is that of the step
         self.entropy_control: EntropyControl | None = None
 
@@ -189,7 +190,6 @@ class HDPOTrainer(WholeCheckpoints):
         if not resume_from_checkpoint and self.is_world_process_zero():
             claim_output_dir(output_dir, self.args.overwrite_output_dir)
         self.accelerator.wait_for_everyone()
-        self._sums.clear()
         try:
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
         except KeyboardInterrupt:
@@ -208,9 +208,46 @@ class HDPOTrainer(WholeCheckpoints):
     ) -> Any:
         result: HDPOLoss = model(**model_inputs(inputs, self.accelerator.device, self.loss_kwargs))
         weight = inputs.get("weight", 1.0)  # 0: the pair is a repeat
-        self._sums["train" if model.training else "eval"].append(self._batch_sums(result, inputs) * (weight > 0))
+        if self._sums is not None:
+            sums = batch_sums(result, inputs, self.loss_kwargs["alpha"], self.args.beta)
+            self._sums.append(sums * (weight > 0))
         loss = result.loss * weight
         return (loss, result) if return_outputs else loss
+
+    @contextlib.contextmanager
+    def _summing(self, sums: list[Tensor]) -> Iterator[list[Tensor]]:
+        """Batches whose loss is computed within are added to sums; what it interrupts goes on afterwards."""
+        outer, self._sums = self._sums, sums
+        try:
+            yield sums
+        finally:
+            self._sums = outer
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._trained.clear()  # auto_find_batch_size comes here again for each try
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self._summing(self._trained):
+            return super().training_step(*args, **kwargs)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Of `evaluate` and `predict`: its metrics, and its loss, are means over the pairs, whatever the batches."""
+        with self._summing([]) as sums:
+            output: Any = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        metrics = means(sums, self.accelerator)
+        del metrics["num_tokens"]
+        output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in metrics.items()})
+        return output
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
         """A step's micro-batches, without repeated pairs, and each with its weight in the step."""
@@ -269,61 +306,41 @@ class HDPOTrainer(WholeCheckpoints):
             return self.compute_loss(model, inputs), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._sums["eval"]:  # filled by an evaluation alone, and taken by its log
-            prefix = next(key[: -len("loss")] for key in logs if key.endswith("_loss"))
-            # its loss too: weighted by pairs, whatever the batches' sizes
-            logs.update({f"{prefix}{key}": value for key, value in self._metrics("eval").items()})
-        elif self._sums["train"] and "loss" in logs:
-            logs.update({**self._metrics("train"), "loss": logs["loss"], "alpha": self.loss_kwargs["alpha"]})
+        of_training = "loss" in logs and bool(self._trained)
+        if of_training:
+            metrics = means(self._trained, self.accelerator)
+            self._trained.clear()
+            seen = next((line["num_tokens"] for line in self.state.log_history[::-1] if "num_tokens" in line), 0)
+            metrics["num_tokens"] += seen
+            logs.update({**metrics, "loss": logs["loss"], "alpha": self.loss_kwargs["alpha"]})
             if self.entropy_control is not None:
                 logs.update(self.entropy_control.metrics())
         if "train_loss" in logs:  # Trainer's counts from the last resume on
             logs["train_loss"] = mean_loss(self.state.log_history) or logs["train_loss"]
         super().log(logs, start_time)
-        if "loss" in logs and not torch.isfinite(torch.tensor(logs["loss"])):
+        if of_training:
+            self._stop_where_broken(logs)
+
+    def _stop_where_broken(self, logs: dict[str, float]) -> None:
+        """Raises FloatingPointError if the loss or the weights are not finite any more; nothing reads them more often
+        than they are logged or saved."""
+        at = f"at step {self.state.global_step}"
+        way_out = "lower learning_rate, or train in bf16 or fp32 if this is fp16"
+        if not math.isfinite(logs.get("loss", 0.0)):
             raise FloatingPointError(
-                f"the loss is {logs['loss']} at step {self.state.global_step}: lower learning_rate, or train in bf16 "
-                "or fp32 if this is fp16; a NaN at the first step means that the model or its weights produce it"
+                f"the loss is {logs['loss']} {at}: {way_out}; a NaN at the first step means that the model or its "
+                "weights produce it"
+            )
+        if not finite(self.model, self.accelerator):  # type: ignore[arg-type]
+            gradient = f"; the last step's gradient norm is {logs['grad_norm']}" if "grad_norm" in logs else ""
+            raise FloatingPointError(
+                f"some weights are NaN or infinite {at} ({way_out}){gradient}. They are not saved: an earlier "
+                "checkpoint stays the last one"
             )
 
-    # What is plotted, as sums over a batch that are kept on the device and divided once per log.
-    _SUMS = (
-        "pairs", "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
-        "rewards/initial_margins", "logps/chosen", "logps/rejected",
-        "tokens/chosen", "tokens/rejected", "entropy/chosen", "entropy/rejected", "num_tokens",
-    )  # fmt: skip
-
-    def _batch_sums(self, result: HDPOLoss, inputs: dict[str, Any]) -> Tensor:
-        assert result.entropy is not None
-        cu_seqlens, ref_logps = inputs["cu_seqlens"], inputs["ref_logps"].to(result.logps.device)
-        lengths = torch.tensor([end - start for start, end in pairwise(cu_seqlens)], dtype=torch.float32)
-        lengths = lengths.to(result.logps.device, non_blocking=True)
-        nats = result.entropy * lengths
-        initial = (self.loss_kwargs["alpha"] - 1) * self.args.beta * (ref_logps[0::2] - ref_logps[1::2])
-        per_pair = (
-            torch.ones_like(result.margins), result.loss.detach().expand_as(result.margins),
-            result.chosen_rewards, result.rejected_rewards, (result.margins > 0).float(), result.margins,
-            initial, result.logps[0::2], result.logps[1::2],
-            lengths[0::2], lengths[1::2], nats[0::2], nats[1::2], torch.tensor(inputs["num_tokens"]),
-        )  # fmt: skip
-        return torch.stack([values.float().sum().to(result.logps.device) for values in per_pair])
-
-    def _metrics(self, mode: str) -> dict[str, float]:
-        """Means over all pairs (entropies: over all completion tokens) of all processes since the last log."""
-        sums = self.accelerator.reduce(torch.stack(self._sums[mode]).sum(0), "sum")
-        self._sums[mode].clear()
-        total = dict(zip(self._SUMS, sums.tolist(), strict=True))
-        pairs, chosen, rejected = (total.pop(key) for key in ("pairs", "tokens/chosen", "tokens/rejected"))
-        num_tokens = total.pop("num_tokens")
-        entropy = {key: total.pop(key) for key in ("entropy/chosen", "entropy/rejected")}
-        metrics = {key: value / pairs for key, value in total.items()}
-        metrics["entropy"] = sum(entropy.values()) / (chosen + rejected)
-        metrics["entropy/chosen"] = entropy["entropy/chosen"] / chosen
-        metrics["entropy/rejected"] = entropy["entropy/rejected"] / rejected
-        if mode == "train":
-            seen = next((line["num_tokens"] for line in self.state.log_history[::-1] if "num_tokens" in line), 0)
-            metrics["num_tokens"] = seen + num_tokens
-        return metrics
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._stop_where_broken({})
+        super()._save_checkpoint(*args, **kwargs)
 
     def _entropy_control(self, target: str) -> EntropyControl:
         args, data = self.args, self.train_dataset

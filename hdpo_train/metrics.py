@@ -1,0 +1,62 @@
+"""What is logged of the loss: sums over pairs that stay on the device, divided once per log line."""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hdpo_kernels import HDPOLoss
+
+_SUMS = (
+    "pairs", "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+    "rewards/initial_margins", "logps/chosen", "logps/rejected",
+    "tokens/chosen", "tokens/rejected", "entropy/chosen", "entropy/rejected", "num_tokens",
+)  # fmt: skip
+
+
+def batch_sums(result: HDPOLoss, inputs: dict[str, Any], alpha: float, beta: float) -> Tensor:
+    """One vector on the loss's device, one entry for each of _SUMS. inputs: a batch of `PairCollator`."""
+    assert result.entropy is not None
+    device, cu_seqlens, ref_logps = result.logps.device, inputs["cu_seqlens"], inputs["ref_logps"]
+    lengths = torch.tensor([end - start for start, end in pairwise(cu_seqlens)], dtype=torch.float32, device="cpu")
+    lengths, ref_logps = lengths.to(device, non_blocking=True), ref_logps.to(device)
+    nats = result.entropy * lengths
+    per_pair = (
+        torch.ones_like(result.margins), result.loss.detach().expand_as(result.margins),
+        result.chosen_rewards, result.rejected_rewards, (result.margins > 0).float(), result.margins,
+        (alpha - 1) * beta * (ref_logps[0::2] - ref_logps[1::2]), result.logps[0::2], result.logps[1::2],
+        lengths[0::2], lengths[1::2], nats[0::2], nats[1::2], torch.tensor(inputs["num_tokens"], device="cpu"),
+    )  # fmt: skip
+    return torch.stack([values.float().sum().to(device) for values in per_pair])
+
+
+def means(sums: list[Tensor], accelerator: Accelerator) -> dict[str, float]:
+    """Means over all pairs (entropies: over all completion tokens) of the batches of all processes.
+
+    num_tokens is a sum, of prompts and completions.
+    """
+    total = dict(zip(_SUMS, accelerator.reduce(torch.stack(sums).sum(0), "sum").tolist(), strict=True))
+    pairs, chosen, rejected = (total.pop(key) for key in ("pairs", "tokens/chosen", "tokens/rejected"))
+    entropy = {key: total.pop(key) for key in ("entropy/chosen", "entropy/rejected")}
+    num_tokens = total.pop("num_tokens")
+    return {
+        **{key: value / pairs for key, value in total.items()},
+        "entropy": sum(entropy.values()) / (chosen + rejected),
+        "entropy/chosen": entropy["entropy/chosen"] / chosen,
+        "entropy/rejected": entropy["entropy/rejected"] / rejected,
+        "num_tokens": num_tokens,
+    }
+
+
+def finite(model: nn.Module, accelerator: Accelerator) -> bool:
+    """Whether every trainable weight is finite, on every process. Reads each of them once; costs a device sync."""
+    weights = [getattr(p, "ds_tensor", p).detach() for p in model.parameters() if p.requires_grad]
+    own = [w.to_local() if isinstance(w, DTensor) else w for w in weights]  # the part of a sharded one that is here
+    own = [w for w in own if w.numel()]
+    largest = torch.nn.utils.get_total_norm(own, math.inf) if own else torch.zeros(())
+    broken = (~largest.isfinite()).float().to(accelerator.device)
+    return not accelerator.reduce(broken, "sum").item()
