@@ -1,7 +1,7 @@
-"""What each Triton kernel compiles to, without a GPU: registers, spills, shared memory, matrix instructions.
+"""What is known without a GPU: what each Triton kernel compiles to, and what each call launches, copies and holds.
 
-python -m benchmarks.static            a table, also written to benchmarks/results/static.csv
-python -m benchmarks.static --json     the same for programs, not written
+python -m benchmarks.static            two tables, also written to benchmarks/results: static.csv and launches.csv
+python -m benchmarks.static --json     the first of them for programs, not written
 """
 
 import argparse
@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks import calls
 from benchmarks.table import RESULTS
 from hdpo_kernels import fused
 from hdpo_kernels.rows import triton as rows
@@ -146,11 +147,16 @@ def main() -> None:
     if as_json:
         print(json.dumps([r._asdict() for r in results]))
         return
-    with open(RESULTS / "static.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([Resources._fields, *results])
-    for r in (Resources._fields, *results):
-        print("{:32}{:8}{:20}{:>10}{:>8}{:>14}  {:10}{:>8}".format(*r))
+    _write("static", "{:32}{:8}{:20}{:>10}{:>8}{:>14}  {:10}{:>8}", (Resources._fields, *results))
+    _write("launches", "{:44}{:10}{:>11}{:>8}{:>10}{:>10}{:>8}", (calls.Counts._fields, *calls.measure()))
+
+
+def _write(name: str, line: str, rows: Sequence[Sequence[Any]]) -> None:
+    """Print the rows, the first being the header, and put them into results/<name>.csv."""
+    with open(RESULTS / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+    for row in rows:
+        print(line.format(*row))
 
 
 if __name__ == "__main__":
