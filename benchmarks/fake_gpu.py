@@ -120,12 +120,12 @@ class FakeGPU(TorchDispatchMode):
         assert not (copies and to_host), f"{name} to the host, {tuple(args[0].shape)}: waits for the device"
         assert copies or not host, f"{func} reads a tensor on the host, {tuple(host[0].shape)}"
         self.pageable += [tuple(t.shape) for t in host if t.untyped_storage()._cdata not in self._pinned]
-        if name in ("mm", "addmm", "addmm_"):
-            _check_product(func, args, kwargs)
         if host:  # a copy: as if it were there already
             there = self._run(torch.empty_like, host, {"device": self.device})
             args = [there if x is host[0] else x for x in args]
-        out = self._run(func, args, kwargs)
+        out = _check_product(func, args, kwargs) if name in ("mm", "addmm", "addmm_") else None
+        if out is None:
+            out = self._run(func, args, kwargs)
         known = {t.untyped_storage()._cdata for t in tensors}
         made = [t for t in tree_leaves(out) if t.untyped_storage()._cdata not in known]
         for t in made:
@@ -227,7 +227,8 @@ def check_gemm(a: Tensor, b: Tensor, add: Tensor | None, out: Tensor | None, out
             assert in_rows or in_columns, f"operand {tuple(t.shape)} with strides {strides} is copied first"
 
 
-def _check_product(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+def _check_product(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
+    """Checks the GEMM, and returns the tensor that it is told to write, if any: torch 2.11 has no fake for that."""
     named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
     if func.overloadpacket.__name__ == "mm":
         a, b, add = named["self"], named["mat2"], None
@@ -235,6 +236,7 @@ def _check_product(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> No
         a, b, add = named["mat1"], named["mat2"], named["self"]
     out = add if func.overloadpacket.__name__ == "addmm_" else named.get("out")
     check_gemm(a, b, add, out, named.get("out_dtype") or a.dtype)
+    return out
 
 
 def _backward_order(root: Any) -> list[Any]:
