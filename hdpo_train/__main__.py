@@ -17,6 +17,7 @@ from hdpo_train.data import load_records
 from hdpo_train.models import add_adapter, load_model, load_tokenizer
 from hdpo_train.options import TrainingParser, is_file_of_options, parse_options
 from hdpo_train.report import METRICS_FILE, REPORT_FILE
+from hdpo_train.resuming import taken_output_dir
 from hdpo_train.trainer import HDPOTrainer
 
 _EXAMPLES = """\
@@ -52,7 +53,8 @@ _COMMANDS_OF_THEIR_OWN = {  # each module has main(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """A command of the command line. Exit codes: 2 for an error that is said in words, 130 after Ctrl-C."""
+    """A command of the command line. Exit codes: 2 for an error that is said in words, 130 after Ctrl-C,
+    143 after a SIGTERM that left a checkpoint."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv:
         name = "quickstart"
@@ -93,6 +95,11 @@ def _plan_command(argv: list[str]) -> None:
 
 def train(script: ScriptArguments, args: HDPOConfig) -> HDPOTrainer:
     """A run of the command line, from names to a saved model."""
+    with taken_output_dir(args, [script.model_name_or_path]):
+        return _train(script, args)
+
+
+def _train(script: ScriptArguments, args: HDPOConfig) -> HDPOTrainer:
     trainer = make_trainer(script, args)
     if trainer.is_world_process_zero():
         start = trainer.start
@@ -104,7 +111,7 @@ def train(script: ScriptArguments, args: HDPOConfig) -> HDPOTrainer:
     trainer.save_model()
     if trainer.is_world_process_zero():
         folder = Path(str(args.output_dir))
-        if trainer.entropy_control is not None:
+        if trainer.entropy_control is not None and trainer.state.log_history:  # else it had ended before
             print(trainer.entropy_control.describe())
         print(f"model: {folder}   metrics: {folder / METRICS_FILE}   plots: {folder / REPORT_FILE}")
     return trainer

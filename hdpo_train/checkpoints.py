@@ -21,7 +21,8 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from hdpo_train.output_dir import look_for_checkpoints, step_of
+from hdpo_train.files import readable
+from hdpo_train.whole import look_for_checkpoints, shards_of, step_of
 
 logger = logging.get_logger(__name__)
 PARTIAL_DIR = "_partial"  # with an underscore: Trainer.push_to_hub leaves it out
@@ -53,7 +54,9 @@ class WholeCheckpoints(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._writing = False
-            self._name_best(run_dir, partial)
+            self._name_best(run_dir)
+            if self.args.should_save:
+                self._add_to_checkpoint(partial)
             self.accelerator.wait_for_everyone()  # each rank writes files of its own
             if self.args.should_save:
                 put_in_place(partial, Path(run_dir) / name)
@@ -82,15 +85,17 @@ class WholeCheckpoints(Trainer):
         if self.args.should_save:
             move_in(partial, folder)
 
-    def _name_best(self, run_dir: str, partial: Path) -> None:
-        """In the state, and in trainer_state.json: the best checkpoint by the name it is going to have."""
+    def _add_to_checkpoint(self, folder: Path) -> None:
+        """What belongs into a checkpoint beside transformers' own files."""
+        self.state.save_to_json(str(folder / "trainer_state.json"))  # again: it names the best checkpoint
+
+    def _name_best(self, run_dir: str) -> None:
+        """In the state: the best checkpoint by the name it is going to have."""
         if not self.state.best_global_step:
             return
         best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
         if self.state.best_global_step == self.state.global_step or os.path.isdir(best):
             self.state.best_model_checkpoint = best
-        if self.args.should_save:
-            self.state.save_to_json(str(partial / "trainer_state.json"))
 
     @contextmanager
     def _explained(self, what: str, folder: str, partial: Path | None = None) -> Iterator[None]:
@@ -139,9 +144,8 @@ def move_in(partial: Path, folder: Path) -> None:
     _to_disk(partial)
     new = sorted(partial.iterdir(), key=lambda path: (path.name.endswith(_INDEX), ".safetensors" in path.name))
     names = {path.name for path in new}
-    whole_model = any(name.startswith("model") for name in names)  # an adapter may lie beside one
-    if whole_model:
-        (folder / f"model{_INDEX}").unlink(missing_ok=True)
+    if any(name.startswith("model") for name in names):  # an adapter may lie beside a whole model
+        _remove_shards(folder)
     for path in new:
         final = folder / path.name
         if path.name == "README.md" and final.exists():  # peft writes one: what someone has made of it stays
@@ -149,11 +153,21 @@ def move_in(partial: Path, folder: Path) -> None:
         if final.is_dir():
             shutil.rmtree(final)
         os.replace(path, final)
-    for path in folder.glob("model*.safetensors") if whole_model else ():
-        if path.name not in names:
-            path.unlink()
+    if f"model{_INDEX}" in names:
+        (folder / "model.safetensors").unlink(missing_ok=True)
     _sync(folder)
     shutil.rmtree(partial.parent, ignore_errors=True)
+
+
+def _remove_shards(folder: Path) -> None:
+    """The files that an index names; without their index, which goes first, they are no model."""
+    index, aside = folder / f"model{_INDEX}", folder / f"_{_REPLACED}{_INDEX}"
+    if index.exists() and not aside.exists():  # else the one that was killed here before goes on
+        os.replace(index, aside)
+    if aside.exists():
+        for shard in shards_of(aside):
+            shard.unlink(missing_ok=True)
+        aside.unlink()
 
 
 def rotate(run_dir: Path, step: int, limit: int | None, best_step: int | None) -> None:
@@ -221,10 +235,3 @@ def _size(folder: Path) -> int:
 def _free(folder: str) -> int:
     path = Path(folder).absolute()
     return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
-
-
-def readable(size: float) -> str:
-    units = ["bytes", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1000 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:.3g} {units[0]}"

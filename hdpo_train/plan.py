@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, Trainer
 from hdpo_kernels.gemm import UPCAST_BLOCK
 from hdpo_kernels.lm_head import buffers_for
 from hdpo_kernels.rows.torch import BLOCK_BYTES
-from hdpo_train.checkpoints import readable
 from hdpo_train.config import HDPOConfig
+from hdpo_train.files import readable
 from hdpo_train.head import HeadTransform, attach_loss, bare, head_of
 from hdpo_train.models import disable_dropout
 from hdpo_train.packing import PADDED, Layout, find_layout, lay_out

@@ -6,13 +6,16 @@ the last ones up with pairs from the beginning. Here those are left out again, a
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import TrainerCallback
+
+T = TypeVar("T")
 
 
 def check_dataloading(accelerator: Accelerator) -> None:
@@ -75,6 +78,22 @@ def keep_output_dtype(accelerator: Accelerator) -> None:
     policy: Any = getattr(plugin, "mixed_precision_policy", None)
     if plugin is not None and getattr(policy, "output_dtype", None) is not None:
         plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
+
+
+def together(action: Callable[[], T]) -> T:
+    """action on this rank; if it fails on any rank, all raise, so that none waits for one that is gone."""
+    failure: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    messages = gather_object([None if failure is None else f"{failure}"])
+    if failure is not None:
+        raise failure
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise ValueError(f"rank {rank}: {message}")
+    return result
 
 
 def shards(accelerator: Accelerator) -> bool:

@@ -1,13 +1,14 @@
 """What a run leaves to look at: metrics.jsonl while it goes, report.png at its end."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
+
+from hdpo_train.files import write_whole
 
 logger = logging.get_logger(__name__)
 METRICS_FILE, REPORT_FILE = "metrics.jsonl", "report.png"
@@ -18,6 +19,7 @@ class RunReport(TrainerCallback):
 
     def __init__(self, start: dict[str, Any]) -> None:
         self.start = start
+        self._is_complete = False  # metrics.jsonl is that of a whole run, which nothing is added to
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
@@ -26,6 +28,10 @@ class RunReport(TrainerCallback):
         # evaluation at the end of an epoch comes after the checkpoint of its last step, and is not done again.
         lines = [{"step": line["step"], **line} for line in state.log_history]
         before = read_metrics(str(args.output_dir)) if lines else []
+        has_summary = any("train_runtime" in line for line in before)
+        self._is_complete = has_summary and state.global_step >= state.max_steps
+        if self._is_complete:
+            return
         lines += [line for line in before if line["step"] == state.global_step and line not in lines]
         lines = [line for line in lines if "train_runtime" not in line]  # the summary of a run that ended there
         write_metrics(str(args.output_dir), [{"step": 0, **self.start}, *lines])
@@ -40,7 +46,7 @@ class RunReport(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
-        if state.is_world_process_zero and logs:
+        if state.is_world_process_zero and logs and not self._is_complete:
             path = Path(str(args.output_dir)) / METRICS_FILE
             try:
                 with open(path, "a", encoding="utf-8") as file:
@@ -52,6 +58,7 @@ class RunReport(TrainerCallback):
                 ) from error
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._is_complete = False
         if state.is_world_process_zero:
             try:
                 draw(str(args.output_dir))
@@ -74,11 +81,7 @@ def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def write_metrics(output_dir: str | Path, lines: list[dict[str, Any]]) -> None:
-    path = Path(output_dir) / METRICS_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(Path(output_dir) / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def mean_loss(log_history: list[dict[str, Any]]) -> float | None:

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,14 +16,13 @@ from transformers.utils import logging
 from hdpo_kernels import HDPOLoss
 from hdpo_kernels.checks import check_gradient
 from hdpo_train.alpha import AlphaSchedule, EntropyControl, Target
-from hdpo_train.checkpoints import WholeCheckpoints, remove_leftovers
 from hdpo_train.config import HDPOConfig
 from hdpo_train.data import PairCollator, pair_tokens, tokenize_pairs
 from hdpo_train.generate import own_entropy
 from hdpo_train.head import attach_loss, bare, head_of, whole_shape
 from hdpo_train.metrics import batch_sums, finite, means
 from hdpo_train.models import add_adapter, disable_dropout, load_model, load_tokenizer
-from hdpo_train.output_dir import checkpoint_to_resume, claim_output_dir, interrupted
+from hdpo_train.output_dir import refuse_base_model
 from hdpo_train.packing import find_layout
 from hdpo_train.ranks import (
     OwnRandomNumbers,
@@ -35,12 +35,14 @@ from hdpo_train.ranks import (
 )
 from hdpo_train.reference import COLUMNS, model_inputs, with_reference
 from hdpo_train.report import RunReport, mean_loss
+from hdpo_train.resuming import ResumableTrainer
 from hdpo_train.sampler import TokenBudgetSampler
+from hdpo_train.sigterm import StopAtSigterm
 
 logger = logging.get_logger(__name__)
 
 
-class HDPOTrainer(WholeCheckpoints):
+class HDPOTrainer(ResumableTrainer):
     """Trains a causal language model on preference pairs with the H-DPO loss (arXiv 2411.07595).
 
     The constructor, data set columns and metric names are those of TRL's DPOTrainer.
@@ -87,6 +89,8 @@ class HDPOTrainer(WholeCheckpoints):
         if ref_model is not None and ref_model is model:
             raise ValueError("ref_model is the model itself; leave it out to use the policy as it is now as reference")
         name = model if isinstance(model, str) else bare(model).config._name_or_path
+        if train_dataset is not None:
+            refuse_base_model(str(args.output_dir), [name, *map(_source, (ref_model, processing_class))])
         tokenizer = processing_class if processing_class is not None else load_tokenizer(name)
         policy: Any = load_model(model, args.model_init_kwargs) if isinstance(model, str) else model  # type: ignore[arg-type]
         if peft_config is not None:
@@ -171,29 +175,26 @@ class HDPOTrainer(WholeCheckpoints):
                 self.entropy_control = self._entropy_control(args.target_entropy)
                 self.add_callback(self.entropy_control)
             self.add_callback(RunReport(self.start))
+            if args.enable_jit_checkpoint:
+                StopAtSigterm.instead_of_transformers(self)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; resume_from_checkpoint: a checkpoint folder, or True for the last whole one in output_dir (from the
-        beginning if there is none).
+    def _save_rng_state(self, output_dir: str) -> None:
+        """And, for a checkpoint between two log lines, what the next line is a mean of: each rank its own."""
+        super()._save_rng_state(output_dir)
+        if self._trained:
+            since = {"sums": torch.stack(self._trained).cpu(), "loss": self._tr_loss.cpu()}
+            torch.save({**since, "step": self._globalstep_last_logged}, self._since_last_log(output_dir))
 
-        Raises FileExistsError if output_dir holds another run and this one does not resume it, ValueError, naming the
-        file, if the checkpoint is not whole, and OSError if a checkpoint cannot be written; the one before stays. A
-        KeyboardInterrupt says where the run stands and how to go on.
-        """
-        output_dir = str(self.args.output_dir)
-        if self.args.should_save:
-            remove_leftovers(output_dir)
-        self.accelerator.wait_for_everyone()
-        if resume_from_checkpoint:
-            resume_from_checkpoint = checkpoint_to_resume(output_dir, resume_from_checkpoint)
-        self.accelerator.wait_for_everyone()  # all have looked before one changes the folder
-        if not resume_from_checkpoint and self.is_world_process_zero():
-            claim_output_dir(output_dir, self.args.overwrite_output_dir)
-        self.accelerator.wait_for_everyone()
-        try:
-            return super().train(resume_from_checkpoint or None, *args, **kwargs)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(interrupted(output_dir, self.state)) from None
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and self._since_last_log(checkpoint).exists():
+            since = torch.load(self._since_last_log(checkpoint), weights_only=True)
+            self._trained = list(since["sums"].to(self.args.device))
+            self._tr_loss += since["loss"].to(self.args.device)
+            self._globalstep_last_logged = since["step"]
+
+    def _since_last_log(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"since_last_log_{self.args.process_index}.pt"
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         if isinstance(eval_dataset, Dataset) and not set(COLUMNS) <= set(eval_dataset.column_names):
@@ -381,6 +382,11 @@ class HDPOTrainer(WholeCheckpoints):
             "initial_margin": margins.mean().item(),
             "initial_margin_largest": margins.abs().max().item(),
         }
+
+
+def _source(part: Any) -> str | None:
+    """Where a model or tokenizer was loaded from."""
+    return getattr(part, "name_or_path", None) or getattr(getattr(part, "config", None), "_name_or_path", None)
 
 
 def _num_pairs(batch: dict[str, Any]) -> int:

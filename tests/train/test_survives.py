@@ -16,8 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hdpo_train.checkpoints import move_in
-from hdpo_train.output_dir import checkpoint_problem
 from hdpo_train.report import METRICS_FILE, read_metrics
+from hdpo_train.run_record import RUN_FILE
+from hdpo_train.whole import checkpoint_problem
 from tests.train.tiny import make_model, make_records
 
 ROOT = Path(__file__).parents[2]
@@ -290,7 +291,7 @@ def test_train_on_a_full_disk_says_so_and_keeps_the_checkpoint_before(moment, ru
     if moment.startswith("full-disk"):
         shutil.rmtree(tmp_path / "out")
         shutil.move(tmp_path / "out-copy", tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-2", METRICS_FILE}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-2", METRICS_FILE, RUN_FILE}
     code, log = run(tmp_path, words=RESUME)
     assert code == 0, log
     assert_same_run(tmp_path / "out", whole)

@@ -1,0 +1,97 @@
+"""One process per folder: a lock that ends with its process, however that ends.
+
+`fcntl.lockf` locks belong to a process: the kernel drops them at its end, data workers that are forked do not inherit
+them, and NFS servers keep them for all their clients. The file is empty of meaning otherwise: it tells the next process
+who is there, and is deleted when the folder is free. One that a killed process has left locks nothing.
+"""
+
+import atexit
+import errno
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers.utils import logging
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.get_logger(__name__)
+LOCK_FILE = "_lock"  # with an underscore: Trainer.push_to_hub leaves it out
+_TAKEN = (errno.EACCES, errno.EAGAIN)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # what file systems without locks answer
+_held: dict[Path, int] = {}  # file descriptors
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_held.clear)  # the lock is the parent's
+
+
+def lock(folder: str | Path) -> None:
+    """Take the folder for this process, until `unlock` or the end of the process; again: nothing happens.
+
+    Raises FileExistsError, naming the process that has it, if that is another one. Where the platform or the file
+    system has no locks, one warning says so.
+    """
+    path = Path(folder).resolve() / LOCK_FILE
+    if path in _held:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        logger.warning_once("this platform has no file locks: see to it that no two runs write to one folder")
+        return
+    while path not in _held:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(descriptor, 500).decode(errors="replace").strip()
+            os.close(descriptor)
+            if error.errno in _TAKEN:
+                raise FileExistsError(
+                    f"{folder} is in use by another process ({holder or 'it has not said which'}): wait until that has "
+                    "ended, or choose another output_dir"
+                ) from None
+            if error.errno in _NO_LOCKS:
+                logger.warning(
+                    f"{folder} cannot be locked ({error.strerror}): see to it that no second run writes there"
+                )
+                path.unlink(missing_ok=True)
+                return
+            raise
+        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            _held[path] = descriptor
+        else:  # the process before deleted the file when it ended, after this one had opened it
+            os.close(descriptor)
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n".encode())
+
+
+def unlock(folder: str | Path) -> None:
+    """Let other processes have the folder; nothing happens if this one does not hold it."""
+    _release(Path(folder).resolve() / LOCK_FILE)
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """`lock`, then `unlock`."""
+    lock(folder)
+    try:
+        yield
+    finally:
+        unlock(folder)
+
+
+def _release(path: Path) -> None:
+    if path in _held:
+        path.unlink(missing_ok=True)  # first: nobody else can have locked this file yet
+        os.close(_held.pop(path))
+
+
+@atexit.register
+def _release_all() -> None:
+    for path in list(_held):
+        _release(path)
