@@ -87,8 +87,8 @@ def launches(target: GPUTarget) -> Iterator[Launch]:
 def _sampled_launches(dtype: str) -> Iterator[Launch]:
     """Products of sampled rows with tables of a dtype, and results of the same, at a large and a small hidden size."""
     for hidden_size in (4096, 64):
-        tile = sampled.choose_tile(hidden_size)
-        long_tile = sampled.choose_tile(hidden_size, sampled.LONG_COLUMNS)
+        tile = sampled.choose_tile(hidden_size, DTYPES[dtype])
+        long_tile = sampled.choose_tile(hidden_size, DTYPES[dtype], sampled.LONG_COLUMNS)
         variant = f"{dtype} H={hidden_size}"
         yield Launch(sampled._gather_kernel, variant, tile, dtype)
         yield Launch(sampled._gather_transposed_kernel, variant, {**tile, "LONG": sampled.LONG}, dtype)

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from hdpo_kernels.sampled.entries import Entries
 
-# Tiles by plain constants, of 8192 numbers a program of 4 warps: 64 fp32 accumulators a thread, and 16 KiB of a bf16
-# table under way. 512 columns are 1 KiB of a row, and of a table as much as an L2 cache holds of 50,000 rows.
-TILE = 8192
+# Tiles by plain constants, 16 KiB of a table under way in a program of 4 warps: of bf16 that takes 64 fp32 accumulators
+# a thread; as many of an fp32 table did not fit the registers of sm_100. 512 columns are 1 KiB of a bf16 row, and of a
+# table as much as an L2 cache holds of 50,000 rows.
+TILE_BYTES = 2**14
 MOST_COLUMNS = 512
 NUM_WARPS = 4
 # A frequent token is in most rows: v with more entries are left to programs of fewer columns and more rows at a time
@@ -167,7 +168,7 @@ def gather(entries: Entries, weight: Tensor, scale: Tensor, dtype: torch.dtype) 
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     out = torch.empty(n, hidden_size, dtype=dtype, device=weight.device)
     if n:
-        tile = choose_tile(hidden_size)
+        tile = choose_tile(hidden_size, weight.dtype)
         _gather_kernel[(n, triton.cdiv(hidden_size, tile["BLOCK_H"]))](
             columns, values, counts, scale.contiguous(), weight, weight.stride(0), out, most, hidden_size, **tile
         )
@@ -195,7 +196,8 @@ def gather_transposed(
         hidden_size = hidden.shape[1]
         hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
         d_weight = torch.empty(vocab, hidden_size, dtype=dtype, device=hidden.device)
-        tile, long_tile = choose_tile(hidden_size), choose_tile(hidden_size, LONG_COLUMNS)
+        tile = choose_tile(hidden_size, hidden.dtype)
+        long_tile = choose_tile(hidden_size, hidden.dtype, LONG_COLUMNS)
         _gather_transposed_kernel[(vocab, triton.cdiv(hidden_size, tile["BLOCK_H"]))](
             rows, values, starts, hidden, hidden.stride(0), d_weight, hidden_size, LONG=LONG, **tile
         )
@@ -239,7 +241,7 @@ def _sort(entries: Entries, scale: Tensor, vocab: int) -> tuple[Tensor, Tensor, 
     return sorted_rows, sorted_values, starts
 
 
-def choose_tile(hidden_size: int, most_columns: int = MOST_COLUMNS) -> dict[str, int]:
-    """What a program of `_weighted_sum` adds up at a time, by the names that a launch gives it."""
+def choose_tile(hidden_size: int, dtype: torch.dtype, most_columns: int = MOST_COLUMNS) -> dict[str, int]:
+    """What a program of `_weighted_sum` adds up at a time of a table, by the names that a launch gives it."""
     block_h = min(most_columns, max(32, triton.next_power_of_2(hidden_size)))
-    return {"BLOCK_J": min(64, TILE // block_h), "BLOCK_H": block_h, "num_warps": NUM_WARPS}
+    return {"BLOCK_J": min(64, TILE_BYTES // dtype.itemsize // block_h), "BLOCK_H": block_h, "num_warps": NUM_WARPS}
