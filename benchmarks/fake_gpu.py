@@ -16,8 +16,10 @@ device for (the device guard that a build for CPUs lacks, the current device, pi
 """
 
 import ctypes
+import importlib
 import inspect
 import itertools
+import pkgutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -38,7 +40,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
+import hdpo_kernels
 from hdpo_kernels.ops import bodies
+
+# A kernel is interpreted or not as Triton's settings are when its module is imported; `pretended` changes them.
+for _module in pkgutil.walk_packages(hdpo_kernels.__path__, "hdpo_kernels."):
+    importlib.import_module(_module.name)
 
 # What Triton is told about the device, by kind.
 TARGETS = {
@@ -194,8 +201,9 @@ def pretended(kind: str = "cuda", index: int = 0) -> Iterator[FakeGPU]:
         def replace(owner: Any, name: str, value: Any) -> None:
             stack.enter_context(mock.patch.object(owner, name, value))
 
+        stack.enter_context(triton.knobs.runtime.scope())
+        triton.knobs.runtime.interpret = False
         replace(triton.runtime.driver, "_active", driver)
-        replace(triton.knobs.runtime, "interpret", False)
         for function in (JITFunction, InterpretedFunction):
             replace(function, "run", lambda kernel, *args, **kwargs: gpu.launch(kernel, *args, **kwargs))
         replace(torch.version, "hip", "7.0" if kind == "hip" else None)

@@ -1,9 +1,12 @@
 """The pretended GPU counts what starts something, keeps track of memory, and refuses what a GPU would wait for."""
 
+import os
+
 import pytest
 import torch
 import triton
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from triton.runtime.jit import JITFunction
 
 from benchmarks.fake_gpu import check_gemm, pretended
 
@@ -106,6 +109,23 @@ def test_launches_go_to_the_current_device(kind):
         with torch.accelerator.device_index(1):
             _add_kernel[(2,)](x, x, 8, 4)
         assert gpu.current == 0 and gpu.kernels == {"_add_kernel": 2}
+
+
+def test_nothing_stays_as_it_was_pretended():
+    def settings():
+        names = ("_lazy_init", "current_device", "_exchange_device")
+        triton_settings = (
+            triton.knobs.runtime.interpret,
+            os.environ.get("TRITON_INTERPRET"),
+            triton.runtime.driver._active,
+        )
+        return *triton_settings, torch.version.hip, JITFunction.run, *(getattr(torch.cuda, name) for name in names)
+
+    before = settings()
+    with pretended("hip"):
+        assert not triton.knobs.runtime.interpret and torch.version.hip
+        assert all(now != then for now, then in zip(settings()[2:], before[2:], strict=True))
+    assert settings() == before
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
