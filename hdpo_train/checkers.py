@@ -21,6 +21,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from hdpo_train.answers import chosen_letter, final_number
+from hdpo_train.programs import solution
 from hdpo_train.sandbox import Sandbox
 
 
@@ -49,7 +51,7 @@ def make_checker(
         spec: one of
             "gsm8k": `final_number` of the completion equals that of the answer column, a number or a whole solution.
             "choice": `chosen_letter` of the completion equals the answer column, a letter or an index (0 is A).
-            "regex:PATTERN": `re.search` finds the pattern in the completion.
+            "regex:PATTERN": `re.search` finds the pattern in the whole completion.
             "regex": the same with the pattern in the answer column.
             "path/to/file.py:function", "package.module:function": called with prompt, completion and record; returns
                 a bool.
@@ -89,64 +91,6 @@ def make_checker(
         f"no such checker: {spec!r}; known are gsm8k, choice, regex:PATTERN, regex, unit_tests, and a function as "
         f"path/to/file.py:function or package.module:function"
     )
-
-
-# --- numbers and letters ----------------------------------------------------------------------------------------------
-
-_ANSWER = r"####|(?i:\banswer\b\W{0,4}?(?::|is\b))"  # #### · Answer: · the final answer is · **Answer**:
-_MARKER = re.compile(_ANSWER)
-_NUMBER_MARKER = re.compile(rf"{_ANSWER}|(?<!\w)A:")
-_CALCULATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator annotations: 48/2 = <<48/2=24>>24
-_NUMBER = re.compile(
-    r"(?P<sign>(?<![\w.)%])-)?(?:[$€£¥]\s?(?P<inner>-)?)?"
-    r"(?P<value>(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\d.])\.\d+)(?:[eE][+-]?\d{1,2}\b)?)"
-    r"(?:/(?P<divisor>\d+))?",
-    re.ASCII,
-)
-
-
-def final_number(text: str) -> Fraction | None:
-    """The final answer of a solution, exactly: the first number after the last marker, or the last number of all.
-
-    Markers are `####`, `A:`, `Answer:` and `answer is`; after a marker without a number there is no answer (None), and
-    "A: 12 apples cost $24" answers 12. Read are 1,234 and $12.50, -3 with either minus sign and on either side of the
-    dollar, .5, 1e3, 3/4, and 50% as 50. Not read are units, words such as "million", and what GSM8K writes in <<>>.
-    """
-    text = _CALCULATION.sub("", text.replace("−", "-"))
-    marker = _last(_NUMBER_MARKER, text)
-    number = _NUMBER.search(text, marker.end()) if marker else _last(_NUMBER, text)
-    if number is None:
-        return None
-    try:
-        value = Fraction(number["value"].replace(",", "")) / Fraction(number["divisor"] or 1)
-    except (ValueError, ZeroDivisionError):  # more digits than Python reads, or 1/0
-        return None
-    return -value if number["sign"] or number["inner"] else value
-
-
-_ALONE = r"([A-Z])(?=[ \t]*(?:$|[)\]*.,:;\x22”])|\s+(?:[-–—]|(?:because|since|as|is)\b))"
-_OPENING = re.compile(rf"\W*(?:(?i:option|choice)\W+)?{_ALONE}", re.MULTILINE)
-_LAST_LINE = re.compile(r"^[^\w\n]*([A-Z])\W*\Z", re.MULTILINE)
-_IN_PARENTHESES = re.compile(r"\(([A-Z])\)")
-
-
-def chosen_letter(text: str) -> str | None:
-    """The capital letter that a completion chooses, or None.
-
-    It is looked for in what follows the last `####`, `Answer:` or `answer is`, in the whole text where there is none:
-    the letter that opens it ("B", "(B)", "B. Paris", "**B**", "B because"), else the letter that is its last line, else
-    the last one in parentheses. One that opens counts only where it stands alone: before a line's end, punctuation, a
-    dash or because / since / as / is. So the article of "A cat" is no choice, nor is the I of "I think".
-    """
-    marker = _last(_MARKER, text)
-    tail = text[marker.end() :] if marker else text
-    found = _OPENING.match(tail) or _LAST_LINE.search(tail) or _last(_IN_PARENTHESES, tail)
-    return found[1] if found else None
-
-
-def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    matches = list(pattern.finditer(text))
-    return matches[-1] if matches else None
 
 
 # --- what the record says is right ------------------------------------------------------------------------------------
@@ -246,28 +190,16 @@ def _import_file(path: Path) -> ModuleType:
 
 # --- unit tests -------------------------------------------------------------------------------------------------------
 
-_FENCE = re.compile(r"^[ \t]*```(?:python|py)[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE | re.IGNORECASE)
-_NEXT = re.compile(r"\n(?=class|def|#|if|print)")  # where HumanEval's authors stop a completion: arXiv 2107.03374
-
 
 def unit_test_program(problem: Problem, completion: str) -> str:
     """The program that ends without an error if the completion is right: solution, tests, `check(entry_point)`.
 
-    The record has HumanEval's columns `test` (defines `check`) and `entry_point` (the function's name). The solution is
-    the first block fenced as ```python that defines that function; else, to a prompt that is text, the prompt and the
-    completion up to the next thing at the left margin; else, to a chat, the completion.
+    The record has HumanEval's columns `test` (defines `check`) and `entry_point` (the function's name). For what of the
+    completion is the solution, see `hdpo_train.programs.solution`.
     """
     test, entry_point = _field(problem, "test"), _field(problem, "entry_point")
     if not isinstance(test, str):
         raise ValueError(f"{_named(problem)}: 'test' must be the text of a program, not {reprlib.repr(test)}")
     if not isinstance(entry_point, str) or not entry_point.isidentifier():
         raise ValueError(f"{_named(problem)}: 'entry_point' must be the name of a function, not {entry_point!r}")
-    definition = re.compile(rf"^(?:async\s+)?def\s+{re.escape(entry_point)}\b", re.MULTILINE)
-    whole = next((block for block in _FENCE.findall(completion) if definition.search(block)), None)
-    if whole is not None:
-        solution = whole
-    elif isinstance(problem.prompt, str):
-        solution = problem.prompt + _NEXT.split(completion, maxsplit=1)[0]
-    else:
-        solution = completion
-    return f"{solution}\n{test}\ncheck({entry_point})\n"
+    return f"{solution(problem.prompt, completion, entry_point)}\n{test}\ncheck({entry_point})\n"

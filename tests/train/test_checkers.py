@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hdpo_train.checkers import Problem, chosen_letter, final_number, make_checker, unit_test_program
+from hdpo_train.answers import chosen_letter, final_number
+from hdpo_train.checkers import Problem, make_checker, unit_test_program
 from hdpo_train.sandbox import Sandbox
 
 FOLDER = Path(__file__).parents[3] / "shared" / "data"
@@ -58,7 +59,7 @@ def read(name: str) -> list[dict[str, str]]:
         ("#### 5\nno:\n#### 6", 6),
         ("USA: 5 apples, 7 pears", 7),  # no marker: the last number
         ("I have 3, then 16 - 3 = 13 apples.", 13),
-        ("5-3", 3),  # subtraction, not a sign
+        ("5-3", None),  # a subtraction that is not worked out
         ("it is...5", 5),
         ("A: twelve, of 13", 13),
         ("12 apples. A: twelve", None),  # a marker, and no number after it
