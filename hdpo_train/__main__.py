@@ -165,7 +165,10 @@ def plan(script: ScriptArguments, args: HDPOConfig) -> None:
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=script.trust_remote_code, **options)
         return add_adapter(model, _lora(script)) if script.use_peft else model
 
-    print(describe(make_plan(config, args, build), args))
+    try:
+        print(describe(make_plan(config, args, build), args))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; a plan leaves nothing behind and starts from the beginning") from None
 
 
 def _lora(script: ScriptArguments) -> Any:

@@ -56,12 +56,20 @@ class Memory(NamedTuple):
     host: int  # activations that are offloaded
 
 
+class StepTime(NamedTuple):
+    """Seconds of an optimizer step."""
+
+    quartiles: list[float] | None  # None: the models of more layers took no longer, so that a layer has no price
+    layers: int  # of the model
+    timed: tuple[int, ...]  # layers of the models that were timed
+
+
 class Plan(NamedTuple):
     """Of one process."""
 
     batch: MicroBatch
     memory: Memory
-    seconds: list[float]  # an optimizer step: quartiles
+    time: StepTime
 
 
 def make_plan(config: Any, args: HDPOConfig, build: Build | None = None) -> Plan:
@@ -74,7 +82,7 @@ def make_plan(config: Any, args: HDPOConfig, build: Build | None = None) -> Plan
     build = build or AutoModelForCausalLM.from_config
     probed = bare(build(_with_layers(config, _LAYERS[0])))
     batch = fullest(args, find_layout([probed], args.packing, args.shared_prompt))
-    return Plan(batch, peak_memory(config, args, batch, build), step_seconds(config, args, batch, build))
+    return Plan(batch, peak_memory(config, args, batch, build), step_time(config, args, batch, build))
 
 
 def fullest(args: HDPOConfig, layout: Layout) -> MicroBatch:
@@ -113,15 +121,26 @@ def describe(plan: Plan, args: HDPOConfig) -> str:
     if device == "cuda":
         free, _ = torch.cuda.mem_get_info()
         lines += [f"  {'free now':12}{readable(free):>12}" + ("" if total < free else ": it does not fit")]
-    low, median, high = plan.seconds
-    speed = 2 * pairs * (prompt + completion) / median
-    lines += ["", f"  {median:.3g} s a step ({low:.3g} to {high:.3g}), {speed:,.0f} tokens/s; by models of few layers"]
+    lines += ["", f"  {_describe_time(plan.time, tokens=2 * pairs * (prompt + completion))}"]
     if device == "cpu":
         lines += [
             "",
             "Tensors alone: a process on a CPU takes some 100 MiB more for code and what its allocator keeps.",
         ]
     return "\n".join(lines)
+
+
+def _describe_time(time: StepTime, tokens: int) -> str:
+    """tokens: of a step."""
+    models = " and ".join(f"{layers}" for layers in time.timed)
+    if time.quartiles is None:
+        return (
+            f"no seconds: models of {models} layers took equally long, so that the {time.layers} layers of this one "
+            "cannot be extrapolated; try again when this machine is idle, or with more tokens in a micro-batch"
+        )
+    low, median, high = time.quartiles
+    source = "measured" if time.timed == (time.layers,) else f"extrapolated from models of {models} layers"
+    return f"{median:.3g} s a step ({low:.3g} to {high:.3g}), {tokens / median:,.0f} tokens/s; {source}"
 
 
 def peak_memory(config: Any, args: HDPOConfig, batch: MicroBatch, build: Build) -> Memory:
@@ -215,14 +234,18 @@ def _add_workspace(model: nn.Module, args: HDPOConfig, batch: MicroBatch) -> lis
     return kept
 
 
-def step_seconds(config: Any, args: HDPOConfig, batch: MicroBatch, build: Build) -> list[float]:
-    """Quartiles of an optimizer step's time: a shallow model's, and for every further layer what one adds to it."""
+def step_time(config: Any, args: HDPOConfig, batch: MicroBatch, build: Build) -> StepTime:
+    """A shallow model's time, and for every further layer what one adds to it, turn by turn of the timing."""
     depth = config.get_text_config().num_hidden_layers
     if depth <= _LAYERS[1]:
-        return _time([build(config)], args, batch)[0]
+        return StepTime(statistics.quantiles(_time([build(config)], args, batch)[0], n=4), depth, (depth,))
     shallow, deeper = _time([build(_with_layers(config, layers)) for layers in _LAYERS], args, batch)
-    further = (depth - _LAYERS[0]) / (_LAYERS[1] - _LAYERS[0])
-    return [few + max(more - few, 0.0) * further for few, more in zip(shallow, deeper, strict=True)]
+    a_layer = [(more - few) / (_LAYERS[1] - _LAYERS[0]) for few, more in zip(shallow, deeper, strict=True)]
+    if statistics.median(a_layer) <= 0:
+        return StepTime(None, depth, _LAYERS)
+    further = depth - _LAYERS[0]
+    steps = [few + max(price, 0.0) * further for few, price in zip(shallow, a_layer, strict=True)]
+    return StepTime(statistics.quantiles(steps, n=4), depth, _LAYERS)
 
 
 def _with_layers(config: Any, layers: int) -> Any:
@@ -235,7 +258,7 @@ def _with_layers(config: Any, layers: int) -> Any:
 
 
 def _time(models: list[Any], args: HDPOConfig, batch: MicroBatch) -> list[list[float]]:
-    """Quartiles of each model's step; the models take turns, so that a machine's mood is the same for all."""
+    """Seconds of each model's steps; the models take turns, so that a machine's mood is the same for all."""
     for model in models:
         _prepare(model.to(args.device), args)
     optimizers = [_optimizer(model, args) for model in models]
@@ -250,7 +273,7 @@ def _time(models: list[Any], args: HDPOConfig, batch: MicroBatch) -> list[list[f
             if args.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
-    return [statistics.quantiles(times[1:], n=4) for times in seconds]
+    return [times[1:] for times in seconds]
 
 
 def _prepare(model: Any, args: HDPOConfig, fake: bool = False) -> list[int]:

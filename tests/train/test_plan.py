@@ -151,16 +151,37 @@ def test_fullest_keeps_within_the_budget(tmp_path):
             assert tokens <= budget and (tokens > 0.9 * budget or tokens == layout.tokens(32, 64, 64))
 
 
-@pytest.mark.parametrize("layers", [2, 4, 7])
-def test_time_is_linear_in_the_layers(tmp_path, monkeypatch, layers):
-    def quartiles(models, args, batch):
-        return [[mood * (1.0 + 0.25 * model.config.num_hidden_layers) for mood in (1, 2, 3)] for model in models]
-
-    monkeypatch.setattr(plan, "_time", quartiles)
+def step_time(tmp_path, monkeypatch, layers: int, seconds) -> plan.StepTime:
+    """seconds: of every turn of a model with so many layers."""
+    monkeypatch.setattr(plan, "_time", lambda models, *_: [seconds(m.config.num_hidden_layers) for m in models])
     config, args = copy.deepcopy(LLAMA), arguments(tmp_path)
     config.num_hidden_layers = layers
-    seconds = plan.step_seconds(config, args, plan.fullest(args, Layout()), plan.AutoModelForCausalLM.from_config)
-    assert seconds == pytest.approx([mood * (1.0 + layers * 0.25) for mood in (1, 2, 3)])
+    return plan.step_time(config, args, plan.fullest(args, Layout()), plan.AutoModelForCausalLM.from_config)
+
+
+@pytest.mark.parametrize("layers", [2, 4, 7])
+def test_time_is_linear_in_the_layers(tmp_path, monkeypatch, layers):
+    time = step_time(tmp_path, monkeypatch, layers, lambda n: [mood * (1 + 0.25 * n) for mood in (1, 2, 3)])
+    assert time.quartiles == pytest.approx([mood * (1 + layers * 0.25) for mood in (1, 2, 3)])
+    assert time.timed == ((1, 4) if layers == 7 else (layers,))
+
+
+def test_time_keeps_its_median_between_its_quartiles_on_a_restless_machine(tmp_path, monkeypatch):
+    # what 3 layers add, turn by turn: 3, 0.3, -1, 1.2 and 0.6 s; quartiles of each model alone would cross
+    turns = {1: [1.0, 1.7, 3.0, 1.0, 1.4], 4: [4.0, 2.0, 2.0, 2.2, 2.0]}
+    time = step_time(tmp_path, monkeypatch, 31, turns.__getitem__)
+    # 30 more layers: 31, 4.7, 3 (a layer takes no less than nothing), 13 and 7.4 s
+    assert time.quartiles == pytest.approx([(3 + 4.7) / 2, 7.4, (13 + 31) / 2])
+    text = plan._describe_time(time, tokens=740)
+    assert text == "7.4 s a step (3.85 to 22), 100 tokens/s; extrapolated from models of 1 and 4 layers"
+
+
+def test_time_that_does_not_grow_with_the_layers_is_no_number(tmp_path, monkeypatch):
+    turns = {1: [1.0, 2.0, 3.0, 1.0, 1.0], 4: [4.0, 1.9, 2.9, 0.9, 1.2]}  # more: 3, -0.1, -0.1, -0.1, 0.2
+    time = step_time(tmp_path, monkeypatch, 24, turns.__getitem__)
+    assert time.quartiles is None
+    text = plan._describe_time(time, tokens=740)
+    assert "no seconds" in text and "1 and 4 layers took equally long" in text and "idle" in text
 
 
 def test_main_prints_a_plan_without_weights_or_data(tmp_path, capsys, monkeypatch):
@@ -171,7 +192,8 @@ def test_main_prints_a_plan_without_weights_or_data(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(plan, "_SECONDS", 0.0)
     main([*words.split(), "--max_length", "64", "--per_device_train_batch_size", "1", "--use_peft", "True"])
     printed = capsys.readouterr().out
-    assert "steps of 1 pairs of 2 × 64 tokens, packed" in printed and "optimizer" in printed and "tokens/s" in printed
+    assert "steps of 1 pairs of 2 × 64 tokens, packed" in printed and "optimizer" in printed
+    assert "tokens/s; measured" in printed
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="a plan needs --max_length"):
         plan.make_plan(LLAMA, arguments(tmp_path, max_length=None))
