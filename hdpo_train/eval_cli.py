@@ -16,8 +16,9 @@ from transformers.utils import logging
 
 from hdpo_train.checkers import Problem, make_checker
 from hdpo_train.command_line import Parser, check_output_dir
-from hdpo_train.eval_report import draw, markdown
+from hdpo_train.eval_report import draw, drawn, markdown
 from hdpo_train.evaluate import EvalOptions, grade, judge
+from hdpo_train.files import write_whole
 from hdpo_train.generate import Sampler, files_fingerprint
 from hdpo_train.models import load_model, load_tokenizer
 from hdpo_train.records import load_records
@@ -40,9 +41,10 @@ with 95 % intervals.
 Killed, the same command goes on where it was. results.json, results.md and results.png are of the last call.
 """
 _CHECKERS = """\
-gsm8k: the final number; choice: the letter; regex:PATTERN, or regex with the pattern in the answer column;
-path/to/file.py:function or package.module:function, called with prompt, completion and record; unit_tests: HumanEval's
-columns, needs --run_code"""
+What decides whether a completion is right. gsm8k compares final numbers, choice compares letters, regex:PATTERN (or
+regex, with the pattern in the answer column) searches the completion, path/to/file.py:function or
+package.module:function is called with prompt, completion and record, and unit_tests runs the tests of a record with
+HumanEval's columns (with --run_code only)."""
 
 
 def main(argv: list[str]) -> None:
@@ -51,23 +53,23 @@ def main(argv: list[str]) -> None:
     evaluations = run(options)
     folder = Path(options.output_dir)
     text = json.dumps([as_json(each) for each in evaluations], indent=2, ensure_ascii=False)
-    (folder / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
     table = markdown(evaluations)
-    (folder / TABLE_FILE).write_text(table + "\n", encoding="utf-8")
-    draw(evaluations, folder / PLOT_FILE)
-    print(f"{table}\n\nWritten: {', '.join(str(folder / name) for name in (RESULTS_FILE, TABLE_FILE, PLOT_FILE))}")
+    write_whole(folder / RESULTS_FILE, text + "\n")
+    write_whole(folder / TABLE_FILE, table + "\n")
+    written = [RESULTS_FILE, TABLE_FILE, *([PLOT_FILE] if drawn(draw, evaluations, folder / PLOT_FILE) else [])]
+    print(f"{table}\n\nWritten: {', '.join(str(folder / name) for name in written)}")
 
 
 def run(options: argparse.Namespace) -> list[Evaluation]:
     """Evaluations of models, then of ready-made samples. Raises ValueError, OSError.
 
-    What can be refused without a model is refused before the first is loaded.
+    What can be refused without a model is refused before the first is loaded. A KeyboardInterrupt says what is drawn.
     """
     models, files = options.model_name_or_path, [Path(name) for name in options.samples]
     if not models and not files:
         raise ValueError("there is nothing to evaluate: give --model_name_or_path or --samples")
     names = _names([*models, *options.samples], options.names)
-    folder = check_output_dir(options.output_dir)
+    settings, folder = _settings(options, options.num_samples), check_output_dir(options.output_dir)
     problems = load_problems(options.prompts, prompt_column=options.prompt_column, limit=options.limit)
     checker = make_checker(
         options.checker, answer_column=options.answer_column, run_code=options.run_code,
@@ -76,22 +78,31 @@ def run(options: argparse.Namespace) -> list[Evaluation]:
     runs_code = options.checker.split(":")[0] not in ("gsm8k", "choice", "regex")
     for number, problem in enumerate(problems[:1] if runs_code else problems, 1):
         judge(checker, problem, "", number)  # are the records what the checker needs?
-    settings = _settings(options, options.num_samples)
-    folder.mkdir(parents=True, exist_ok=True)
     ready_made = []
-    for path, name in zip(files, names[len(models) :], strict=True):
+    for path in files:
         samples = read_samples(path, problems, settings.stop)
         num_samples = max(sample.number for sample in samples) + 1
-        ready_made.append(grade(name, problems, checker, samples, _settings(options, num_samples)))
-    samplers = []
-    for model, name in zip(models, names, strict=False):
-        tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
-        samplers.append(Sampler(problems, tokenizer, settings.sampling, name=name))
-        samplers[-1].keep_in(folder / f"samples-{name}.jsonl", f"{files_fingerprint(model)} {options.dtype}")
+        if too_many := [k for k in options.k or () if k > num_samples]:
+            raise ValueError(f"{path} has {num_samples} samples of a prompt: too few for --k {too_many[0]}")
+        ready_made.append((samples, _settings(options, num_samples)))
+    folder.mkdir(parents=True, exist_ok=True)
+    samplers: list[Sampler] = []
     evaluations = []
-    for model, sampler in zip(models, samplers, strict=True):
-        evaluations.append(grade(sampler.name, problems, checker, _samples(model, sampler, options), settings))
-    return evaluations + ready_made
+    try:
+        for model, name in zip(models, names, strict=False):
+            tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
+            samplers.append(Sampler(problems, tokenizer, settings.sampling, name=name))
+            samplers[-1].keep_in(folder / f"samples-{name}.jsonl", f"{files_fingerprint(model)} {options.dtype}")
+        for model, sampler in zip(models, samplers, strict=True):
+            evaluations.append(grade(sampler.name, problems, checker, _samples(model, sampler, options), settings))
+        for (samples, of_file), name in zip(ready_made, names[len(models) :], strict=True):
+            evaluations.append(grade(name, problems, checker, samples, of_file))
+    except KeyboardInterrupt:
+        there = (
+            " and ".join(f"{len(sampler.samples)} samples of {sampler.name}" for sampler in samplers) or "no samples"
+        )
+        raise KeyboardInterrupt(f"interrupted; {folder} has {there}, and the same command goes on from there") from None
+    return evaluations
 
 
 def load_problems(name: str, *, prompt_column: str = "prompt", limit: int | None = None) -> list[Problem]:
@@ -176,39 +187,69 @@ def _parser() -> Parser:
             text += f" (default: {shown})"
         parser.add_argument(f"--{name}", help=text, **kwargs)
 
-    add("model_name_or_path", "local folders or hub ids", nargs="+", default=[], metavar="MODEL")
+    add("model_name_or_path", "Models to evaluate: local folders or hub ids.", nargs="+", default=[], metavar="MODEL")
     add(
         "samples",
-        "ready-made samples, JSONL; entropy only of our own",
+        "Files of ready-made samples to evaluate, JSONL. Their entropy is known only if this command drew them.",
         nargs="+",
         default=[],
         metavar="FILE",
     )
-    add("names", "what to call them, models first", nargs="+", default=[], metavar="NAME")
-    add("prompts", "JSONL (also .gz) or Parquet; strings or chat messages", required=True, metavar="FILE")
-    add("prompt_column", "of prompts", default="prompt", metavar="COLUMN")
-    add("answer_column", "of right answers", default="answer", metavar="COLUMN")
-    add("limit", "only so many prompts, from the start", type=int, metavar="N")
+    add(
+        "names",
+        "Names in the results, of the models first and then of the files of samples. Default: the last part of each "
+        "path.",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+    )
+    add(
+        "prompts",
+        "File of prompts, JSONL (also .gz) or Parquet. A prompt is a string or a list of chat messages.",
+        required=True,
+        metavar="FILE",
+    )
+    add("prompt_column", "Column that holds the prompts.", default="prompt", metavar="COLUMN")
+    add("answer_column", "Column that holds the right answers.", default="answer", metavar="COLUMN")
+    add("limit", "Evaluate the first N prompts only.", type=int, metavar="N")
     add("checker", _CHECKERS, required=True)
-    add("run_code", "let unit_tests run what the model wrote", action="store_true")
-    add("allow_network", "also where that cannot be cut off from the network", action="store_true")
-    add("output_dir", "folder of samples and results", required=True, metavar="FOLDER")
-    add("num_samples", "of each prompt at each temperature", type=int, default=16, metavar="N")
-    add("temperatures", "beside greedy", type=float, nargs="*", default=[1.0], metavar="T")
-    add("k", "of pass@k (default: those of 1 4 8 that num_samples allows)", type=int, nargs="+", metavar="K")
-    add("max_new_tokens", "of a completion", type=int, default=256, metavar="N")
+    add("run_code", "Let unit_tests run the programs that the model wrote.", action="store_true")
+    add(
+        "allow_network",
+        "Run unit tests even if this kernel cannot isolate them from the network.",
+        action="store_true",
+    )
+    add("output_dir", "Folder for samples and results.", required=True, metavar="FOLDER")
+    add("num_samples", "Samples of each prompt at each temperature.", type=int, default=16, metavar="N")
+    add(
+        "temperatures",
+        "Temperatures to sample at; greedy completions are always drawn.",
+        type=float,
+        nargs="*",
+        default=[1.0],
+        metavar="T",
+    )
+    add(
+        "k",
+        "Values of k for pass@k (default: those of 1 4 8 that num_samples allows)",
+        type=int,
+        nargs="+",
+        metavar="K",
+    )
+    add("max_new_tokens", "Most tokens of a completion.", type=int, default=256, metavar="N")
     add(
         "stop",
-        r"a completion ends before the first of these; \n is a line break, \t a tab; ready-made samples are cut too, "
-        "and have no entropy then",
+        r"Strings that end a completion: it is cut before the first of them. \n is a line break, \t a tab. Ready-made "
+        "samples are cut too, and then have no entropy.",
         nargs="+",
         action="extend",
         default=[],
         metavar="TEXT",
     )
-    add("batch_size", "sequences at a time", type=int, default=64, metavar="N")
-    add("seed", "of samples and intervals", type=int, default=0, metavar="N")
-    add("dtype", "of the weights", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    add("no_self_bleu", "leave self-BLEU out, which needs sacrebleu", action="store_true")
-    add("trust_remote_code", "run code that comes with a model", action="store_true")
+    add("batch_size", "Sequences that are generated at a time.", type=int, default=64, metavar="N")
+    add("seed", "Seed of the samples and of the intervals.", type=int, default=0, metavar="N")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    add("dtype", "Data type of the weights; auto: the one they were saved in.", choices=dtypes, default="auto")
+    add("no_self_bleu", "Leave out self-BLEU, which needs the package sacrebleu.", action="store_true")
+    add("trust_remote_code", "Run Python code that comes with a model.", action="store_true")
     return parser

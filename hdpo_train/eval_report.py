@@ -1,7 +1,9 @@
 """Evaluations to read: a table in Markdown, and plots."""
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from hdpo_train.scores import NGRAMS, SELF_BLEU_SAMPLES, Estimate, Evaluation, Scores
 
@@ -46,6 +48,21 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
         "without width says only that these prompts are all alike)."
     )
     return "\n".join(lines) + "\n\n" + " ".join([interval, *meaning])
+
+
+def drawn(draw: Callable[[Any, Path], None], results: Any, path: Path) -> bool:
+    """Whether draw(results, path) could: without matplotlib there is no plot, and a line that says how to get it."""
+    path.unlink(missing_ok=True)  # of an earlier call
+    try:
+        draw(results, path)
+    except ImportError as error:
+        print(
+            f"{path} is not drawn: matplotlib cannot be imported ({error}). All other results are there; "
+            "pip install 'hdpo[train]', and the same command draws it",
+            file=sys.stderr,
+        )
+        return False
+    return True
 
 
 def draw(evaluations: Sequence[Evaluation], path: str | Path) -> None:

@@ -3,10 +3,10 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 RESAMPLES = 2000  # of the bootstrap
 SELF_BLEU_SAMPLES = 16  # of a prompt, at most: the cost is quadratic
 NGRAMS = (1, 2)  # of distinct-n
+Read = TypeVar("Read")
 
 
 class Estimate(NamedTuple):
@@ -56,7 +57,8 @@ class Evaluation:
 
     @classmethod
     def load(cls, path: str | Path) -> "Evaluation":
-        return from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        """Raises OSError, or ValueError for a file that is damaged."""
+        return read_json(Path(path), from_json)
 
 
 def score(
@@ -168,7 +170,8 @@ def sentence_bleu() -> Any:
         from sacrebleu.metrics.bleu import BLEU
     except ImportError:
         raise ValueError(
-            "self-BLEU needs sacrebleu: pip install 'hdpo[train,eval]', or leave it out (--no_self_bleu)"
+            "self-BLEU needs sacrebleu: pip install 'hdpo[train,eval]'; or do without it (eval: --no_self_bleu, sweep: "
+            "without --self_bleu)"
         ) from None
     return BLEU(effective_order=True)
 
@@ -188,11 +191,22 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
     return {name: plain(part) for name, part in vars(evaluation).items()}
 
 
+def read_json(path: Path, parse: Callable[[Any], Read]) -> Read:
+    """What `parse` makes of a JSON file that this program wrote. Raises OSError, or ValueError if it is damaged."""
+    try:
+        return parse(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(
+            f"{path} is damaged ({reason}): delete it, and the command that wrote it writes it again"
+        ) from error
+
+
 def from_json(data: dict[str, Any]) -> Evaluation:
     """The evaluation that `as_json` made this of."""
 
     def estimate(value: dict[str, float] | None) -> Any:
-        return None if value is None else Estimate(**value)
+        return None if value is None else Estimate(*(float(value[name]) for name in Estimate._fields))
 
     def scores(data: dict[str, Any]) -> Scores:
         counted = {

@@ -1,10 +1,10 @@
 """What a few seeds can show: Student's t intervals, paired differences, Page's trend test. Exact, in plain Python."""
 
+import functools
 import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import NamedTuple
 
 
@@ -66,31 +66,31 @@ def page_trend(blocks: Sequence[Sequence[float]]) -> Trend:
     """
     if not blocks or len(blocks[0]) < 2 or len({len(block) for block in blocks}) > 1:
         raise ValueError(f"a trend needs blocks of one length, at least 2, got lengths {[len(b) for b in blocks]}")
-    observed = Fraction(0)
-    null = Counter({Fraction(0): 1})  # L -> orders of the blocks so far that give it
+    observed, null = 0, Counter({0: 1})  # 2 L -> orders of the blocks so far that give it
     for block in blocks:
-        ranks = _ranks(block)
+        ranks = _doubled_ranks(block)
         observed += sum(position * rank for position, rank in enumerate(ranks, 1))
-        orders = _orders(ranks)
-        following: Counter[Fraction] = Counter()
+        orders = _orders(tuple(sorted(ranks)))
+        following: Counter[int] = Counter()
         for total, ways in null.items():
             for more, each in orders.items():
                 following[total + more] += ways * each
         null = following
     as_large = sum(ways for total, ways in null.items() if total >= observed)
-    return Trend(float(observed), as_large / sum(null.values()))
+    return Trend(observed / 2, as_large / sum(null.values()))
 
 
-def _ranks(values: Sequence[float]) -> list[Fraction]:
-    """1 for the smallest; equal values share the mean of their ranks."""
-    return [Fraction(1 + 2 * sum(v < value for v in values) + sum(v == value for v in values), 2) for value in values]
+def _doubled_ranks(values: Sequence[float]) -> list[int]:
+    """2 for the smallest, 4 for the next; equal values share the mean of theirs, which is a whole number too."""
+    return [1 + 2 * sum(v < value for v in values) + sum(v == value for v in values) for value in values]
 
 
-def _orders(ranks: Sequence[Fraction]) -> Counter[Fraction]:
+@functools.cache
+def _orders(ranks: tuple[int, ...]) -> Counter[int]:
     """Σ_j j · rank_j -> how many orders of the ranks give it."""
-    placed = {0: Counter({Fraction(0): 1})}  # set of ranks in the first positions, as bits -> sums
+    placed = {0: Counter({0: 1})}  # set of ranks in the first positions, as bits -> sums
     for position in range(1, len(ranks) + 1):
-        following: dict[int, Counter[Fraction]] = defaultdict(Counter)
+        following: dict[int, Counter[int]] = defaultdict(Counter)
         for used, sums in placed.items():
             for index, rank in enumerate(ranks):
                 if not used >> index & 1:

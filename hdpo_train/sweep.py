@@ -192,15 +192,18 @@ def sweep(folder: Path, source: Source, plan: Plan) -> Sweep:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("a sweep runs in one process: start it without accelerate launch or torchrun")
     plan = _claim(folder, source, plan)
-    jobs: list[tuple[float | None, int]] = []  # (α, seed); without α: the model before training
+    models: list[tuple[float | None, int]] = []  # (α, seed); without α: the model before training
     for seed in range(plan.seeds):
-        jobs += [(None, seed)] if source.per_seed or seed == 0 else []
-        jobs += [(alpha, seed) for alpha in plan.alphas]
+        models += [(None, seed)] if source.per_seed or seed == 0 else []
+        models += [(alpha, seed) for alpha in plan.alphas]
+    jobs = [_Job(alpha, seed, folder, source, plan) for alpha, seed in models]
+    for job in jobs:
+        if job.is_done:
+            job.evaluation()  # a file that is damaged is refused before hours of training
     base: list[Evaluation] = []
     runs: dict[float, list[Evaluation]] = {alpha: [] for alpha in plan.alphas}
     durations: list[float] = []  # of those that were not there
-    for number, (alpha, seed) in enumerate(jobs, 1):
-        job = _Job(alpha, seed, folder, source, plan)
+    for number, job in enumerate(jobs, 1):
         if not job.is_done:
             left = (len(jobs) - number + 1) * statistics.fmean(durations) if durations else None
             time_left = f"; about {_duration(left)} left" if left else ""
@@ -214,7 +217,7 @@ def sweep(folder: Path, source: Source, plan: Plan) -> Sweep:
                     "command goes on from there"
                 ) from None
             durations.append(time.perf_counter() - started)
-        (base if alpha is None else runs[alpha]).append(Evaluation.load(job.folder / EVALUATION_FILE))
+        (base if job.alpha is None else runs[job.alpha]).append(job.evaluation())
     print(f"{len(jobs)} models evaluated, {len(jobs) - len(durations)} of them before")
     result = Sweep(source.title, source.per_seed, base, runs)
     sweep_report.write(result, folder)
@@ -247,6 +250,20 @@ class _Job:
     @property
     def is_done(self) -> bool:
         return (self.folder / EVALUATION_FILE).exists()
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        return self.plan.evaluation.temperatures if self.alpha == 1 else (1.0,)
+
+    def evaluation(self) -> Evaluation:
+        """The finished one. Raises ValueError for a file that is damaged."""
+        path = self.folder / EVALUATION_FILE
+        evaluation = Evaluation.load(path)
+        if {0.0, *evaluation.sampled} != {0.0, *self.temperatures} or evaluation.greedy is None:
+            raise ValueError(
+                f"{path} is not of this sweep's temperatures: delete it, and the same command writes it again"
+            )
+        return evaluation
 
     def run(self) -> None:
         base = self.source.base(self.base_folder, self.seed)
@@ -283,11 +300,10 @@ class _Job:
         remote_code = {"trust_remote_code": script.trust_remote_code}
         model: Any = load_model(name, {"dtype": script.dtype, **remote_code})
         model.to(args.device)
-        temperatures = plan.evaluation.temperatures if self.alpha == 1 else (1.0,)
         self.folder.mkdir(parents=True, exist_ok=True)
         evaluation = evaluate(
             model, load_tokenizer(name, **remote_code), base.problems, self.source.checker,
-            replace(plan.evaluation, temperatures=temperatures, seed=self.seed),
+            replace(plan.evaluation, temperatures=self.temperatures, seed=self.seed),
             name=self.name, samples_file=self.folder / SAMPLES_FILE,
         )  # fmt: skip
         partial = _partial(self.folder / EVALUATION_FILE)
@@ -302,7 +318,7 @@ def _claim(folder: Path, source: Source, plan: Plan) -> Plan:
     settings = json.loads(json.dumps({**source.settings(), **plan.settings()}, default=str))
     path = folder / SWEEP_FILE
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = _read_sweep(path)
         different = []
         for name in sorted(settings | found["settings"]):
             before, now = (each.get(name, "the default") for each in (found["settings"], settings))
@@ -322,6 +338,21 @@ def _claim(folder: Path, source: Source, plan: Plan) -> Plan:
     _partial(path).write_text(text + "\n", encoding="utf-8")
     os.replace(_partial(path), path)
     return plan
+
+
+def _read_sweep(path: Path) -> dict[str, Any]:
+    """alphas, seeds and settings of a sweep's file. Raises ValueError if it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            "alphas": [float(alpha) for alpha in found["alphas"]], "seeds": int(found["seeds"]),
+            "settings": dict(found["settings"]),
+        }  # fmt: skip
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}), and nothing else says what its runs have in common: choose another "
+            "--output_dir"
+        ) from error
 
 
 def main(argv: list[str]) -> None:
@@ -381,29 +412,58 @@ def _parser() -> Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--alpha", type=alphas, default=ALPHAS, metavar="α,α…", help=f"1 is added [{','.join(map(str, ALPHAS))}]")
-    add("--seeds", type=int, default=3, metavar="N", help="runs of every α, seeds 0 … N − 1 [3]")
-    add("--output_dir", default="sweep", metavar="FOLDER", help="a sweep in it is gone on with [sweep]")
-    add("--sft_per_seed", action="store_true", help="built-in task: every seed has an SFT model and pairs of its own")
+    add(
+        "--alpha",
+        type=alphas,
+        default=ALPHAS,
+        metavar="α,α…",
+        help=f"Values of alpha; 1 is always one of them [{','.join(map(str, ALPHAS))}]",
+    )
+    add("--seeds", type=int, default=3, metavar="N", help="Runs of every α, with the seeds 0 … N − 1 [3]")
+    add(
+        "--output_dir",
+        default="sweep",
+        metavar="FOLDER",
+        help="Folder of the sweep; if it holds one, that goes on [sweep]",
+    )
+    add("--sft_per_seed", action="store_true", help="Of the built-in task: make an SFT model and pairs for every seed")
     group = parser.add_argument_group("a model of your own")
     add = group.add_argument
-    add("--model_name_or_path", metavar="MODEL", help="a local folder or a hub id")
-    add("--dataset_name", metavar="PAIRS", help="preference pairs: a JSONL or Parquet file, or a hub id")
-    add("--prompts", metavar="FILE", help="to evaluate on: JSONL with a column prompt, and what the checker needs")
-    add("--checker", metavar="SPEC", help="gsm8k, choice, regex:PATTERN, file.py:function, unit_tests (eval --help)")
-    add("--prompt_column", default="prompt", metavar="COLUMN", help="of prompts [prompt]")
-    add("--answer_column", default="answer", metavar="COLUMN", help="of right answers [answer]")
-    add("--run_code", action="store_true", help="let unit_tests run what the model wrote")
-    add("--allow_network", action="store_true", help="also where that cannot be cut off from the network")
+    add("--model_name_or_path", metavar="MODEL", help="Model to train: a local folder or a hub id")
+    add("--dataset_name", metavar="PAIRS", help="Preference pairs: a JSONL or Parquet file, or a hub id")
+    add(
+        "--prompts",
+        metavar="FILE",
+        help="Prompts to evaluate on: JSONL with a column prompt, and what the checker needs",
+    )
+    add(
+        "--checker",
+        metavar="SPEC",
+        help="What decides whether a completion is right: see hdpo-train eval --help",
+    )
+    add("--prompt_column", default="prompt", metavar="COLUMN", help="Column that holds the prompts [prompt]")
+    add("--answer_column", default="answer", metavar="COLUMN", help="Column that holds the right answers [answer]")
+    add("--run_code", action="store_true", help="Let unit_tests run the programs that the model wrote")
+    add(
+        "--allow_network",
+        action="store_true",
+        help="Run unit tests even if this kernel cannot isolate them from the network",
+    )
     group = parser.add_argument_group("evaluation of every run: greedy, and samples at temperature 1")
     add = group.add_argument
-    add("--num_samples", type=int, default=16, metavar="N", help="of every prompt [16]")
-    add("--k", type=int, nargs="+", metavar="K", help="of pass@k [those of 1 4 8 that num_samples allows]")
-    add("--temperatures", type=float, nargs="+", default=TEMPERATURES, metavar="T",
-        help=f"of the baseline, the α = 1 models; 1 is added [{' '.join(map(str, TEMPERATURES))}]")  # fmt: skip
-    add("--max_new_tokens", type=int, metavar="N", help="of a sample [256; built-in task: what an answer needs]")
-    add("--batch_size", type=int, metavar="N", help="samples at a time [64; built-in task: 1024]")
-    add("--self_bleu", action="store_true", help="measure it too: slow, and needs sacrebleu")
+    add("--num_samples", type=int, default=16, metavar="N", help="Samples of every prompt [16]")
+    add("--k", type=int, nargs="+", metavar="K", help="Values of k for pass@k [1 4 8, up to num_samples]")
+    default = " ".join(map(str, TEMPERATURES))
+    text = f"Temperatures of the baseline, the α = 1 models; 1 is always one of them [{default}]"
+    add("--temperatures", type=float, nargs="+", default=TEMPERATURES, metavar="T", help=text)
+    add(
+        "--max_new_tokens",
+        type=int,
+        metavar="N",
+        help="Most tokens of a sample [256; built-in task: what an answer needs]",
+    )
+    add("--batch_size", type=int, metavar="N", help="Samples that are drawn at a time [64; built-in task: 1024]")
+    add("--self_bleu", action="store_true", help="Measure self-BLEU too, which is slow and needs the package sacrebleu")
     return parser
 
 

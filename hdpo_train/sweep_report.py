@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matplotlib.figure import Figure  # not pyplot: no global state, no display
-
-from hdpo_train.scores import Evaluation, Scores, as_json, from_json
+from hdpo_train.eval_report import drawn
+from hdpo_train.files import write_whole
+from hdpo_train.scores import Evaluation, Scores, as_json, from_json, read_json
 from hdpo_train.significance import Interval, Trend, interval, page_trend, paired
 
 REPORT_FILE, PLOT_FILE, RESULTS_FILE = "sweep.md", "sweep.png", "results.json"
@@ -34,13 +34,17 @@ class Sweep(NamedTuple):
     def save(self, path: Path) -> None:
         runs = {str(alpha): [as_json(each) for each in seeds] for alpha, seeds in self.runs.items()}
         text = json.dumps({**self._asdict(), "base": [as_json(each) for each in self.base], "runs": runs})
-        path.write_text(text + "\n", encoding="utf-8")
+        write_whole(path, text + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Sweep":
-        data = json.loads(path.read_text(encoding="utf-8"))
-        runs = {float(alpha): [from_json(each) for each in seeds] for alpha, seeds in data["runs"].items()}
-        return cls(**{**data, "base": [from_json(each) for each in data["base"]], "runs": runs})
+        """Raises OSError, or ValueError for a file that is damaged."""
+
+        def sweep(data: dict[str, Any]) -> Sweep:
+            runs = {float(alpha): [from_json(each) for each in seeds] for alpha, seeds in data["runs"].items()}
+            return cls(**{**data, "base": [from_json(each) for each in data["base"]], "runs": runs})
+
+        return read_json(path, sweep)
 
 
 class Metric(NamedTuple):
@@ -154,20 +158,23 @@ def verdict(difference: Interval, better: str = "better", worse: str = "worse") 
 def write(sweep: Sweep, folder: Path) -> str:
     """sweep.md, sweep.png and results.json, the figures of both; the text."""
     sweep.save(folder / RESULTS_FILE)
-    draw(sweep, folder / PLOT_FILE)
-    text = f"# α sweep: {sweep.title}\n\n{markdown(sweep)}\n\n![{PLOT_FILE}]({PLOT_FILE})\n"
-    (folder / REPORT_FILE).write_text(text, encoding="utf-8")
+    text = f"# α sweep: {sweep.title}\n\n{markdown(sweep)}\n"
+    write_whole(folder / REPORT_FILE, text)
+    if drawn(draw, sweep, folder / PLOT_FILE):
+        text += f"\n![{PLOT_FILE}]({PLOT_FILE})\n"
+        write_whole(folder / REPORT_FILE, text)
     return text
 
 
 def markdown(sweep: Sweep) -> str:
     """All of the report but title and plot."""
     parts = [_introduction(sweep), figures_table(sweep)]
-    if sweep.seeds > 1:
+    others = len(sweep.runs) > 1
+    if sweep.seeds > 1 and others:
         parts += ["## Against α = 1", differences_table(sweep)]
     if "entropy" in metrics(sweep):
         parts += ["## Can temperature alone do it?", temperatures_table(sweep)]
-        parts += [frontier_table(sweep)] if sweep.seeds > 1 else []
+        parts += [frontier_table(sweep)] if sweep.seeds > 1 and others else []
     parts += ["## In words", "\n".join(f"- {sentence}" for sentence in conclusions(sweep))]
     return "\n\n".join(parts)
 
@@ -272,8 +279,10 @@ def conclusions(sweep: Sweep) -> list[str]:
     found = metrics(sweep)
     if sweep.seeds < 2:
         return ["One seed shows no difference that another might not turn around: --seeds 3 or more for conclusions."]
+    if len(sweep.runs) < 2:
+        return ["There is only α = 1: nothing to compare it with."]
     sentences = []
-    if "entropy" in found and len(sweep.runs) > 1:
+    if "entropy" in found:
         sentences.append(trend_sentence(sweep))
     for name in [name for name in ("greedy accuracy", *(m.name for m in frontier_metrics(sweep))) if name in found]:
         differences = against_dpo(sweep, found[name])
@@ -319,21 +328,24 @@ def draw(sweep: Sweep, path: Path) -> None:
 
     Seeds of their own models differ by far more than α does in one of them: bars are of differences to α = 1.
     """
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display
+
     found = metrics(sweep)
     figure = Figure(figsize=(17, 8.5), layout="constrained")
     halves: Any = figure.subfigures(2, 1)
     above, below = halves
     bars = f"\nmean of {sweep.seeds} seeds (thin: each); bars: 95 % interval of the difference to α = 1, seed by seed"
-    above.suptitle(f"What α does ({sweep.title})" + bars * (sweep.seeds > 1))
+    title = f"What α does ({sweep.title})" + bars * (sweep.seeds > 1)
+    above.suptitle(title, parse_math=False)  # the names of files may hold dollar signs
     below.suptitle("Can temperature alone do it? Points: α at temperature 1. Curve: α = 1 at temperatures")
     passes = [name for name in found if name.startswith("pass@")]
     panels = [["greedy accuracy", "sampled accuracy"], passes, ["distinct right"], ["entropy"]]
-    panels = [[name for name in names if name in found] for names in panels]
-    for axis, names in zip(above.subplots(1, 4), panels, strict=True):
+    panels = [known for names in panels if (known := [name for name in names if name in found])]
+    for axis, names in zip(above.subplots(1, len(panels)), panels, strict=True):
         _against_alpha(axis, sweep, [found[name] for name in names])
     diversities = [found[name] for name in ("entropy", "distinct right") if name in found]
     qualities = frontier_metrics(sweep)[:2]
-    pairs = [(x, y) for x in diversities for y in qualities]
+    pairs = [(x, y) for x in diversities for y in qualities if x.name != y.name]
     for axis, (x, y) in zip(below.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
         _frontier(axis, sweep, x, y)
     figure.savefig(path, dpi=110)

@@ -77,9 +77,16 @@ def main(argv: list[str]) -> None:
         description="H-DPO from nothing, on this machine: a small model learns a task from demonstrations, is "
         "trained on pairs of its own answers with α = 1 (DPO) and α < 1, and is measured before and after.",
     )
-    parser.add_argument("--output_dir", default="hdpo-quickstart", help="folder of all results (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=Settings.seed, help="of everything random (default: %(default)s)")
-    parser.add_argument("--alpha", type=float, default=Settings.alpha, help="beside α = 1 (default: %(default)s)")
+    parser.add_argument("--output_dir", default="hdpo-quickstart", help="Folder for all results (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=Settings.seed, help="Seed of everything random (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        default=Settings.alpha,
+        help="Value of alpha to compare with α = 1 (default: %(default)s)",
+    )
     options = parser.parse(argv)
     run(check_output_dir(options.output_dir), Settings(seed=options.seed, alpha=options.alpha))
 

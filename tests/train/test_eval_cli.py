@@ -1,12 +1,14 @@
 """hdpo-train eval in this process: models, ready-made samples, going on, and messages a person can act on."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from hdpo_train import eval_cli
 from hdpo_train.__main__ import main
+from hdpo_train.generate import Sampler
 from hdpo_train.scores import from_json
 from tests.train.tiny import make_model
 
@@ -173,3 +175,49 @@ def test_eval_help_teaches(capsys):
     assert exit.value.code == 0
     for word in ("--temperatures", "gsm8k", "unit_tests", "vllm.jsonl", '"completions"', "goes on where it was"):
         assert word in text
+
+
+def test_eval_without_matplotlib_has_all_but_the_plot(models, folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    (folder / "out").mkdir()
+    (folder / "out" / "results.png").write_text("of an earlier call")
+    main(words(folder, model_name_or_path=models / "before", temperatures=[]))
+    written = {path.name for path in (folder / "out").iterdir()}
+    assert written == {"results.json", "results.md", "samples-before.jsonl"}
+    printed = capsys.readouterr()
+    assert "results.png" not in printed.out and "results.png is not drawn" in printed.err
+    assert "pip install 'hdpo[train]'" in printed.err
+
+
+def test_eval_without_sacrebleu_is_refused_at_the_door(folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
+    message = refused(words(folder, model_name_or_path="/nowhere", prompts="/nowhere.jsonl"), capsys)
+    assert "needs sacrebleu: pip install" in message and "--no_self_bleu" in message
+
+
+def test_eval_interrupted_says_what_is_drawn_and_goes_on(models, folder, monkeypatch, capsys):
+    argv = words(folder, model_name_or_path=[models / name for name in MODELS], temperatures=[1.0])
+    with monkeypatch.context() as patched:
+        draw, calls = Sampler._draw, iter(range(100))
+
+        def interrupted(sampler, *args):
+            if next(calls) == 2:
+                raise KeyboardInterrupt
+            return draw(sampler, *args)
+
+        patched.setattr(Sampler, "_draw", interrupted)
+        with pytest.raises(SystemExit, match="130"):
+            main(argv)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message == (
+        f"hdpo-train eval: interrupted; {folder / 'out'} has 12 samples of before and 0 samples of after, and the same "
+        "command goes on from there"  # 4 greedy ones, and a batch of 8
+    )
+    main(argv)
+    assert [each.name for each in results(folder)] == list(MODELS)
+
+
+def test_eval_refuses_k_of_more_samples_than_a_file_has(folder, capsys):
+    write(folder / "vllm.jsonl", [{"prompt": record["prompt"], "completions": ["1", "2"]} for record in PROMPTS])
+    message = refused(words(folder, samples=folder / "vllm.jsonl", k=[1, 4]), capsys)
+    assert "vllm.jsonl has 2 samples of a prompt: too few for --k 4" in message

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -299,6 +300,74 @@ def test_report_of_one_seed_draws_no_conclusion(tmp_path):
     text = sweep_report.write(made_up(seeds=1), tmp_path)
     assert "One seed: no interval." in text and "±" not in text and "One seed shows no difference" in text
     assert Sweep.load(tmp_path / "results.json") == made_up(seeds=1)
+
+
+def measured(temperatures, n: int, ks, entropy: bool = True) -> Evaluation:
+    """An evaluation of n samples with pass@k of these k; entropy: whether the model's head gave it."""
+    scores = {t: replace(figures(0.5, t, t), num_samples=n) for t in (0.0, *temperatures)}
+    e = Estimate(0.5, 0.5, 0.5)
+    for t, each in scores.items():
+        scores[t] = replace(each, pass_at={k: e for k in ks}, entropy=each.entropy if entropy else None)
+    return Evaluation("made up", 2, scores.pop(0.0), scores)
+
+
+@pytest.mark.parametrize(
+    ("n", "ks", "temperatures", "alphas", "seeds", "entropy"),
+    [
+        (2, (1,), (0.5, 1.0), (0.8, 1.0), 2, True),  # hdpo-train sweep --num_samples 2
+        (1, (1,), (1.0,), (1.0,), 1, True),
+        (8, (4, 8), (1.0,), (1.0, 1.2), 3, True),
+        (2, (2,), (1.0,), (0.8, 1.0, 1.2), 2, False),
+        (4, (1,), (0.5, 1.0, 2.0), (1.0,), 2, False),
+    ],
+)
+def test_report_of_any_combination_of_options(tmp_path, n, ks, temperatures, alphas, seeds, entropy):
+    runs = {
+        alpha: [measured(temperatures if alpha == 1 else (1.0,), n, ks, entropy) for _ in range(seeds)]
+        for alpha in alphas
+    }
+    swept = Sweep("a $file_{ of $5", False, [measured((1.0,), n, ks, entropy)], runs)
+    text = sweep_report.write(swept, tmp_path)
+    assert "| before training | 50.0 % |" in text and (tmp_path / "sweep.png").stat().st_size > 10_000
+    assert (tmp_path / "sweep.md").read_text() == text and Sweep.load(tmp_path / "results.json") == swept
+    for k in ks:
+        assert (f"pass@{k}" in text) == (k > 1)
+    assert ("temperature alone" in text) == entropy and ": ." not in text
+    assert ("There is only α = 1" in text) == (alphas == (1.0,) and seeds > 1)
+
+
+def test_report_without_matplotlib_has_all_but_the_plot(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    (tmp_path / "sweep.png").write_text("of an earlier report")
+    sweep_report.write(made_up(), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"sweep.md", "results.json"}
+    assert "sweep.png" not in (tmp_path / "sweep.md").read_text()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "sweep.png is not drawn" in line and "pip install 'hdpo[train]'" in line
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.9])
+def test_sweep_refuses_a_damaged_evaluation_before_it_trains(inputs, swept, jobs, capsys, share):
+    path = swept / "alpha-1" / "seed-1" / "evaluation.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    message = refused(arguments(inputs, swept, alpha="0.3"), capsys)
+    path.write_bytes(whole)
+    sweep_file = json.loads((swept / "sweep.json").read_text())
+    (swept / "sweep.json").write_text(
+        json.dumps({**sweep_file, "alphas": [a for a in sweep_file["alphas"] if a != 0.3]})
+    )
+    assert f"{path} is damaged" in message and "delete it" in message and jobs == []
+
+
+def test_sweep_refuses_a_damaged_sweep_file(inputs, swept, capsys):
+    path = swept / "sweep.json"
+    whole = path.read_text()
+    for damaged in (whole[:40], "[]", "[" * 100_000, '{"alphas": 1, "seeds": 2, "settings": {}}'):
+        path.write_text(damaged)
+        message = refused(arguments(inputs, swept), capsys)
+        path.write_text(whole)
+        assert f"{path} is damaged" in message and "choose another --output_dir" in message
 
 
 def test_tables_hold_means_and_intervals():
