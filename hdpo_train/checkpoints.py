@@ -75,15 +75,30 @@ class WholeCheckpoints(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self._writing:
-            super()._save(output_dir, state_dict)
+            with self._on_each_node():
+                super()._save(output_dir, state_dict)
             return
         folder = Path(output_dir or str(self.args.output_dir))
         partial = folder / PARTIAL_DIR / _MODEL
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
-        super()._save(str(partial), state_dict)
+        with self._on_each_node():
+            super()._save(str(partial), state_dict)
         if self.args.should_save:
             move_in(partial, folder)
+
+    @contextmanager
+    def _on_each_node(self) -> Iterator[None]:
+        """--save_on_each_node for the weights too: transformers' models write them on rank 0 alone, as of 5.23."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if not self.args.save_on_each_node or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            yield
+            return
+        model.should_save_on_this_rank = bool
+        try:
+            yield
+        finally:
+            del model.should_save_on_this_rank
 
     def _add_to_checkpoint(self, folder: Path) -> None:
         """What belongs into a checkpoint beside transformers' own files."""

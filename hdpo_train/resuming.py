@@ -49,7 +49,8 @@ class ResumableTrainer(WholeCheckpoints):
     """Trainer whose `train` goes on with a run that was interrupted as if nothing had happened."""
 
     _options: dict[str, Any] | None = None  # what the run was started with
-    _has_ended = False
+    _has_ended = False  # by this call of train
+    _had_ended = False  # before it
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; resume_from_checkpoint: a checkpoint folder, or True for the last whole one in output_dir (from the
@@ -69,7 +70,7 @@ class ResumableTrainer(WholeCheckpoints):
             return self._train(output_dir, resume_from_checkpoint, *args, **kwargs)
 
     def _train(self, output_dir: str, resume_from: str | bool | None, *args: Any, **kwargs: Any) -> Any:
-        self._has_ended = False
+        self._has_ended = self._had_ended = False
         folder, options = Path(output_dir), self._started_with()
         checkpoint = None
         if str(resume_from).lower() == "true":
@@ -101,12 +102,14 @@ class ResumableTrainer(WholeCheckpoints):
             super().save_model(output_dir, _internal_call)
             return
         folder = output_dir or str(self.args.output_dir)
+        is_own = folder == str(self.args.output_dir)
         if self.args.should_save:
             lock(folder)
-        with self._says_how_to_go_on():
-            super().save_model(output_dir, _internal_call)
+        if not (is_own and self._had_ended):  # else it lies there
+            with self._says_how_to_go_on():
+                super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            if self._has_ended and self._options is not None and folder == str(self.args.output_dir):
+            if is_own and self._has_ended and self._options is not None:
                 write_record(Path(folder), self._options, ended=self.state.global_step)
             unlock(folder)
 
@@ -174,6 +177,7 @@ class ResumableTrainer(WholeCheckpoints):
     def _load_ended_run(self, folder: Path, options: dict[str, Any]) -> TrainOutput:
         self._load_from_checkpoint(str(folder))
         self.state.global_step = ended_at(folder, options) or 0
+        self._had_ended = True
         self._say(f"{folder} holds this run, and it has ended at step {self.state.global_step}: nothing to do")
         self._say_what_has_changed(str(folder), options)
         summary = next((line for line in read_metrics(folder)[::-1] if "train_runtime" in line), {})
@@ -240,6 +244,7 @@ def taken_output_dir(args: Any, names: list[str | None]) -> Iterator[None]:
     """
     output_dir, resume_from = str(args.output_dir), args.resume_from_checkpoint
     refuse_base_model(output_dir, names)
+    check_disks(args)
 
     def take() -> None:
         if args.should_save:

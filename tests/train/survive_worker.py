@@ -1,6 +1,6 @@
 """Run by test_survives.py: runs the command line in forks of itself, which die, or run out of disk, when told to.
 
-Reads jobs as JSON lines, {"argv", "moment", "log", "ranks"}, and answers each with the exit codes of its processes
+Reads jobs as JSON lines, {"argv", "moment", "log", "ranks", …}, and answers each with the exit codes of its processes
 (-9: killed). A fork costs no imports.
 """
 
@@ -123,12 +123,13 @@ def mount(folder: str, size: int) -> None:
 
 
 def child(job: dict, rank: int) -> None:
-    os.chdir(job["folder"])
+    os.chdir(Path(job["folder"]) / (f"disk-{rank}" if job["own_disks"] else ""))
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
     if job["ranks"] > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["ranks"])}
+        local = 0 if job["own_disks"] else rank  # each on a machine of its own
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(job["ranks"])}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
     code = 1
     try:

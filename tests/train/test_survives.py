@@ -63,7 +63,7 @@ def arguments(source: Path, **options) -> list[str]:
 def run(worker, source):
     """run(folder, moment, words, ranks, **options): exit codes and log of a run there that something happens to."""
 
-    def run(folder: Path, moment: str = "", words=(), ranks: int = 1, **options):
+    def run(folder: Path, moment: str = "", words=(), ranks: int = 1, own_disks: bool = False, **options):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -71,6 +71,7 @@ def run(worker, source):
         log.unlink(missing_ok=True)
         argv = [*arguments(source, **options), *words]
         job = {"folder": str(folder), "argv": argv, "moment": moment, "log": str(log), "ranks": ranks, "port": port}
+        job["own_disks"] = own_disks
         worker.stdin.write(json.dumps(job) + "\n")
         worker.stdin.flush()
         codes = json.loads(worker.stdout.readline())
@@ -257,6 +258,29 @@ def test_train_of_two_ranks_survives(moment, options, run, tmp_path):
     assert_same_run(tmp_path / "killed" / "out", tmp_path / "whole" / "out")
     names = {path.name for path in (tmp_path / "killed" / "out" / "checkpoint-6").iterdir()}
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= names
+
+
+def test_train_of_two_ranks_with_a_disk_each_goes_on_from_what_both_have(run, tmp_path):
+    """A rank that lacks a checkpoint would start from the beginning, and wait for the other for ever."""
+    disks = [tmp_path / f"disk-{rank}" for rank in range(2)]
+    for disk in disks:
+        disk.mkdir()
+    options = {"ranks": 2, "own_disks": True, "save_total_limit": 5, "max_steps": 3, "save_steps": 1}
+    codes, log = run(tmp_path, **options)
+    assert codes == [2, 2] and log.count("rank 1 does not see the folder out that checkpoints are saved to") == 2, log
+    options["save_on_each_node"] = True
+    codes, log = run(tmp_path, "training 3", **options)
+    assert (
+        codes[0] == -signal.SIGKILL
+        and [checkpoints(disk / "out") for disk in disks] == [{"checkpoint-1", "checkpoint-2"}] * 2
+    ), log
+    (disks[1] / "out" / "checkpoint-2" / "rng_state_1.pth").unlink()
+    codes, log = run(tmp_path, words=RESUME, **options)
+    assert codes == [0, 0] and "checkpoint-2 of rank 1: rng_state_1.pth is missing. Going on from out/check" in log, log
+    shutil.rmtree(disks[1])
+    disks[1].mkdir()
+    codes, log = run(tmp_path, words=RESUME, **{**options, "max_steps": 4})
+    assert codes == [2, 2] and log.count("out/checkpoint-3 of rank 1: no such folder") == 2, log
 
 
 def test_main_killed_from_outside_at_a_random_moment(source, whole, tmp_path):
