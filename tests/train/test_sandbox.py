@@ -46,6 +46,7 @@ def finishes(program: str, **options: object) -> bool:
         "# " + "long " * 100_000,
         "import dataclasses\n@dataclasses.dataclass\nclass A:\n    x: 'int' = 1\nassert A().x == 1",
         "import threading, time; threading.Thread(target=time.sleep, args=(60,)).start()",  # not waited for
+        "import os\nfor fd in range(3, 20):\n try: os.ftruncate(fd, 0)\n except OSError: pass",  # its report among them
     ],
 )
 def test_finishes_a_program_that_ends(program):
@@ -67,6 +68,8 @@ def test_finishes_a_program_that_ends(program):
         "input()",
         "import os\nfor fd in range(20):\n try: os.write(fd, b'finished\\n')\n except OSError: pass\nos._exit(0)",
         "import os; os.kill(os.getppid(), 9); raise SystemExit",
+        "import os\nfor fd in range(20):\n try: os.ftruncate(fd, 0)\n except OSError: pass\nos._exit(0)",
+        "import os; os.closerange(0, 64)",
         "def f(): f()\nf()",
     ],
 )
@@ -137,6 +140,56 @@ for _ in range(20):  # children in the group, and grandchildren that left it
 
 
 @isolated
+def test_sandbox_says_where_proc_cannot_be_hidden(monkeypatch, tmp_path):
+    refusing, which = tmp_path / "unshare", shutil.which
+    refusing.write_text(f'#!/bin/sh\ncase "$*" in *--mount-proc*) exit 1;; esac\nexec {which("unshare")} "$@"\n')
+    refusing.chmod(0o755)
+    monkeypatch.setattr(shutil, "which", lambda name: str(refusing) if name == "unshare" else which(name))
+    sandbox._namespaces.cache_clear()
+    try:
+        assert Sandbox().shows_processes and finishes("assert 1 + 1 == 2")
+    finally:
+        sandbox._namespaces.cache_clear()
+
+
+# An evaluation in a process of its own loads the file alone: importing the package takes seconds.
+EVALUATION = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("sandbox", {sandbox.__file__!r})
+module = sys.modules["sandbox"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+module.Sandbox(timeout=60, allow_network=bool(int(sys.argv[1]))).finishes(sys.argv[2])
+"""
+
+
+@isolated
+@pytest.mark.parametrize("allow_network", [False, True])
+def test_finishes_leaves_no_process_when_the_evaluation_is_killed(allow_network):
+    seconds = f"59.{os.getpid()}{int(allow_network)}"
+    program = f"import os; os.execlp('sleep', 'sleep', '{seconds}')"
+    if not allow_network:  # where what a program starts ends too
+        program = f"import subprocess; subprocess.run(['setsid', 'sleep', '{seconds}'])"
+    evaluation = subprocess.Popen([sys.executable, "-c", EVALUATION, str(int(allow_network)), program])
+    deadline = time.monotonic() + 30
+    while not processes_with(seconds) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert processes_with(seconds)
+    evaluation.kill()
+    evaluation.wait()
+    while processes_with(seconds) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert processes_with(seconds) == []
+
+
+@isolated
+def test_ends_with_this_process_does_not_start_where_the_parent_is_gone(monkeypatch):
+    run = {"capture_output": True, "text": True}
+    assert subprocess.run([*sandbox.ends_with_this_process(), "echo", "ran"], **run).stdout == "ran\n"
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # as if it had died, and the child were init's
+    assert subprocess.run([*sandbox.ends_with_this_process(), "echo", "ran"], **run).stdout == ""
+
+
+@isolated
 def test_finishes_cannot_reach_a_socket_of_this_machine():
     with socket.create_server(("127.0.0.1", 0)) as server:
         connect = f"import socket; socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), timeout=5)"
@@ -162,6 +215,7 @@ for path in glob.glob("/proc/[0-9]*/environ"):
     except OSError:
         continue
     assert hashlib.sha256(seen).hexdigest() != "{mine}"
+assert {Sandbox().shows_processes} or len(glob.glob("/proc/[0-9]*")) == 1
 try:
     os.kill({os.getpid()}, 0)
 except ProcessLookupError:
