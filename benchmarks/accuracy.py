@@ -8,6 +8,7 @@ import torch
 from benchmarks import loss
 from benchmarks.contest import Figure, measure_each, relative_error
 from benchmarks.contestants import Contestant
+from benchmarks.harness import NEVER, Deadline
 from benchmarks.shapes import HEADS, Shape, make_problem
 from benchmarks.table import Table
 from hdpo_kernels import naive
@@ -21,7 +22,9 @@ def shapes(device: str, quick: bool) -> list[Shape]:
     return [Shape(f"2 × {length} tokens, {name}", head, (length, length), dtype) for dtype, name in names.items()]
 
 
-def measure(table: Table, shape: Shape, contestants: Sequence[Contestant], rounds: int) -> None:
+def measure(
+    table: Table, shape: Shape, contestants: Sequence[Contestant], rounds: int, deadline: Deadline = NEVER
+) -> None:
     problem = make_problem(shape, table.device)
     truth = cache(partial(loss.truth, problem))
 
@@ -38,4 +41,4 @@ def measure(table: Table, shape: Shape, contestants: Sequence[Contestant], round
             found.append(("d_weight, relative", relative_error(d_weight, true.d_weight), ""))
         return found
 
-    measure_each(table, "accuracy", shape, problem, contestants, figures)
+    measure_each(table, "accuracy", shape, problem, contestants, figures, deadline)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.contestants import NAIVE, OURS, Contestant
-from benchmarks.harness import attempt, peak_bytes, quartiles, ratio, take_turns
+from benchmarks.harness import NEVER, Deadline, attempt, peak_bytes, quartiles, ratio, take_turns
 from benchmarks.shapes import Problem, Shape
 from benchmarks.table import Table
 
@@ -21,9 +21,16 @@ class Contest:
     """`check` drops those whose results are wrong, `race` times the rest side by side."""
 
     def __init__(
-        self, table: Table, question: str, shape: Shape, problem: Problem, runs: Iterable[tuple[Contestant, Run]]
+        self,
+        table: Table,
+        question: str,
+        shape: Shape,
+        problem: Problem,
+        runs: Iterable[tuple[Contestant, Run]],
+        deadline: Deadline = NEVER,
     ) -> None:
         self.table, self.question, self.shape, self.problem = table, question, shape, problem
+        self.deadline = deadline
         self.contestants: dict[str, Contestant] = {}
         self.runs: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
         for contestant, run in runs:
@@ -39,6 +46,7 @@ class Contest:
         """
         tolerance = torch.finfo(self.problem.hidden.dtype).eps ** 0.5  # where plain PyTorch cannot run
         for name in sorted(self.runs, key=lambda name: name != NAIVE):
+            self.deadline.check()
             results, status = attempt(self.runs[name])
             if results is not None:
                 truth = truths(self.contestants[name])
@@ -64,7 +72,8 @@ class Contest:
         gemms: how many of them have to be computed. beside: what else takes turns, to be compared with us.
         """
         floor_name, flops = floor[0], gemms * self.shape.gemm_flops
-        seconds = take_turns({floor_name: floor[1], **self.runs, **beside}, self.table.device, rounds=rounds)
+        turns = {floor_name: floor[1], **self.runs, **beside}
+        seconds = take_turns(turns, self.table.device, rounds=rounds, deadline=self.deadline)
         for name, values in seconds.items():
             median, low, high = quartiles(values)
             self._add(name, "time", (1e3 * median, 1e3 * low, 1e3 * high), "ms")
@@ -95,12 +104,14 @@ def measure_each(
     problem: Problem,
     contestants: Iterable[Contestant],
     figures: Callable[[Contestant], list[Figure]],
+    deadline: Deadline = NEVER,
 ) -> list[Contestant]:
     """The figures of each contestant by itself, or why it has none; returns those that have figures."""
     measured = []
     for contestant in contestants:
         found, status = None, contestant.obstacle(problem)
         if not status:
+            deadline.check()
             found, status = attempt(partial(figures, contestant))
         if found is None:
             table.add_status(question, shape.name, contestant.name, status, contestant.package)

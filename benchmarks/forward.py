@@ -8,6 +8,7 @@ from torch import Tensor
 from benchmarks import loss
 from benchmarks.contest import Contest
 from benchmarks.contestants import Contestant, one_gemm
+from benchmarks.harness import NEVER, Deadline
 from benchmarks.shapes import Problem, Shape, make_problem
 from benchmarks.table import Table
 from hdpo_kernels import naive
@@ -17,9 +18,11 @@ def shapes(device: str, quick: bool) -> list[Shape]:
     return [shape for shape in loss.shapes(device, quick) if not shape.masked and not shape.peaked][:3]
 
 
-def measure(table: Table, shape: Shape, contestants: Sequence[Contestant], rounds: int) -> None:
+def measure(
+    table: Table, shape: Shape, contestants: Sequence[Contestant], rounds: int, deadline: Deadline = NEVER
+) -> None:
     problem = make_problem(shape, table.device)
-    contest = Contest(table, "forward", shape, problem, [(c, c.forward) for c in contestants if c.logp])
+    contest = Contest(table, "forward", shape, problem, [(c, c.forward) for c in contestants if c.logp], deadline)
     truth = _truth(problem)
     contest.check(lambda contestant: {"logp": truth})
     contest.race(("one GEMM", one_gemm(problem)), 1, rounds, {})

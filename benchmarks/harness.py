@@ -2,6 +2,8 @@
 
 import ctypes
 import gc
+import math
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -14,19 +16,53 @@ import torch
 T = TypeVar("T")
 
 
+class OutOfTime(Exception):
+    """What was asked would end after the deadline."""
+
+
+class Deadline:
+    """Until when to measure: `seconds` from now."""
+
+    def __init__(self, seconds: float = math.inf) -> None:
+        self._end = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self._end - time.monotonic()
+
+    def check(self, seconds: float = 0.0) -> None:
+        """Raises OutOfTime where less is left than what comes next takes."""
+        if self.left < seconds:
+            raise OutOfTime
+
+
+NEVER = Deadline()
+
+
 def take_turns(
-    contestants: dict[str, Callable[[], object]], device: str, *, rounds: int, seconds: float = 120, warm_up: int = 1
+    contestants: dict[str, Callable[[], object]],
+    device: str,
+    *,
+    rounds: int,
+    seconds: float = 120,
+    warm_up: int = 1,
+    deadline: Deadline = NEVER,
 ) -> dict[str, list[float]]:
     """Seconds of each contestant in each round; the order rotates, so that no one always runs after the same one.
 
-    Ends after `rounds`, or once `seconds` have passed and three rounds are in.
+    Ends after `rounds`, or once `seconds` have passed or the deadline is near, and three rounds are in. Where these
+    would end after the deadline: OutOfTime.
     """
     names = list(contestants)
     taken: dict[str, list[float]] = {name: [] for name in names}
     begin = time.perf_counter()
+    last = 0.0  # seconds of the last round
     for i in range(-warm_up, rounds):
-        if i >= 3 and time.perf_counter() - begin > seconds:
+        if i >= 3 and (time.perf_counter() - begin > seconds or deadline.left < last):
             break
+        deadline.check(last * max(1, min(3, rounds) - i))
+        start_of_round = time.perf_counter()
         for name in names[i % len(names) :] + names[: i % len(names)]:
             synchronize(device)
             start = time.perf_counter()
@@ -34,6 +70,7 @@ def take_turns(
             synchronize(device)
             if i >= 0:
                 taken[name].append(time.perf_counter() - start)
+        last = time.perf_counter() - start_of_round
     return taken
 
 
@@ -75,6 +112,8 @@ def attempt(function: Callable[[], T]) -> tuple[T | None, str]:
     """The function's result and no words, or no result and why, in a few words."""
     try:
         return function(), ""
+    except OutOfTime:
+        raise
     except torch.AcceleratorError:
         raise  # a sticky error: nothing that is measured on the device after it means anything
     except Exception as error:
@@ -89,6 +128,12 @@ def start_afresh() -> None:
     torch.compiler.reset()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def use_one_device() -> None:
+    """Show this process the first of its GPUs alone, before torch looks: trainers spread a batch over all they see."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
 
 
 def synchronize(device: str) -> None:

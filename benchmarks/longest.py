@@ -1,5 +1,6 @@
 """How long may a pair be for one optimizer step to fit in memory, beside TRL's DPOTrainer on the same model?"""
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -7,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.contestants import Contestant
-from benchmarks.harness import attempt
+from benchmarks.harness import NEVER, Deadline, attempt
 from benchmarks.table import Table, installed
 from benchmarks.train_step import OURS, TRL, Setup, train
 from benchmarks.train_step import shapes as steps_measured
@@ -37,7 +38,9 @@ def shapes(device: str, quick: bool) -> list[Search]:
     ]
 
 
-def measure(table: Table, search: Search, contestants: Sequence[Contestant], rounds: int) -> None:
+def measure(
+    table: Table, search: Search, contestants: Sequence[Contestant], rounds: int, deadline: Deadline = NEVER
+) -> None:
     """Tokens of each sequence of the longest pair, half of them prompt."""
     names = [OURS, *(contestant.name for contestant in contestants if contestant.name == TRL)]
     lengths: dict[str, int] = {}
@@ -46,7 +49,8 @@ def measure(table: Table, search: Search, contestants: Sequence[Contestant], rou
         if package and not installed(package):
             table.add_status("longest", search.name, name, "not installed", package)
             continue
-        found, status = attempt(partial(longest, partial(_fits, name, search, table.device), search.setup.tokens))
+        fits = _fits(name, search, table.device, deadline)
+        found, status = attempt(partial(longest, fits, search.setup.tokens))
         if found is None:
             table.add_status("longest", search.name, name, status, package)
             continue
@@ -70,12 +74,21 @@ def longest(fits: Callable[[int], bool], first: int) -> int:
     return low
 
 
-def _fits(name: str, search: Search, device: str, tokens: int) -> bool:
-    """Whether the trainer takes its steps with a pair of this length. Raises ValueError if its loss is wrong."""
-    try:
-        run = train(name, search.setup._replace(tokens=tokens), device)
-    except torch.OutOfMemoryError:
-        return False
-    if run.wrong:
-        raise ValueError(f"{run.wrong}, with {tokens} tokens")
-    return search.mib is None or run.peak_mib <= search.mib
+def _fits(name: str, search: Search, device: str, deadline: Deadline) -> Callable[[int], bool]:
+    """Whether the trainer takes its steps with a pair of a length. Raises ValueError if its loss is wrong."""
+    per_token = 0.0  # seconds of the slowest run so far, which the next one may take too
+
+    def fits(tokens: int) -> bool:
+        nonlocal per_token
+        deadline.check(per_token * tokens)
+        begin = time.monotonic()
+        try:
+            run = train(name, search.setup._replace(tokens=tokens), device)
+        except torch.OutOfMemoryError:
+            return False
+        per_token = max(per_token, (time.monotonic() - begin) / tokens)
+        if run.wrong:
+            raise ValueError(f"{run.wrong}, with {tokens} tokens")
+        return search.mib is None or run.peak_mib <= search.mib
+
+    return fits

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from benchmarks.contest import Contest
 from benchmarks.contestants import LOSS, OURS, Contestant, three_gemms
+from benchmarks.harness import NEVER, Deadline
 from benchmarks.shapes import HEADS, Problem, Shape, make_problem
 from benchmarks.table import Table
 from hdpo_kernels.testing import Outcome, true_outcome
@@ -33,9 +34,12 @@ def shapes(device: str, quick: bool) -> list[Shape]:
     return [whole[0], masked[0], *whole[1:], masked[1]]
 
 
-def measure(table: Table, shape: Shape, contestants: Sequence[Contestant], rounds: int) -> None:
+def measure(
+    table: Table, shape: Shape, contestants: Sequence[Contestant], rounds: int, deadline: Deadline = NEVER
+) -> None:
     problem = make_problem(shape, table.device)
-    contest = Contest(table, "loss", shape, problem, [(c, c.forward_backward) for c in contestants if c.has_backward])
+    runs = [(c, c.forward_backward) for c in contestants if c.has_backward]
+    contest = Contest(table, "loss", shape, problem, runs, deadline)
     outcome = cache(partial(truth, problem))
 
     def expected(contestant: Contestant) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.contest import Figure, measure_each, peak_mib
 from benchmarks.contestants import Contestant
+from benchmarks.harness import NEVER, Deadline
 from benchmarks.shapes import HEADS, Shape, make_problem
 from benchmarks.table import Table
 
@@ -22,7 +23,9 @@ def shapes(device: str, quick: bool) -> list[Shape]:
     return [Shape(f"{name}, 2 × {length} tokens", HEADS[name], (length, length), dtype) for length in lengths]
 
 
-def measure(table: Table, shape: Shape, contestants: Sequence[Contestant], rounds: int) -> None:
+def measure(
+    table: Table, shape: Shape, contestants: Sequence[Contestant], rounds: int, deadline: Deadline = NEVER
+) -> None:
     problem = make_problem(shape, table.device)
 
     def figures(contestant: Contestant) -> list[Figure]:
@@ -30,4 +33,4 @@ def measure(table: Table, shape: Shape, contestants: Sequence[Contestant], round
         run()  # compiles, tunes, and allocates what stays
         return [("peak memory", peak_mib(run, table.device), "MiB")]
 
-    measure_each(table, "memory", shape, problem, [c for c in contestants if c.has_backward], figures)
+    measure_each(table, "memory", shape, problem, [c for c in contestants if c.has_backward], figures, deadline)

@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks import loss
 from benchmarks.contest import Figure, measure_each, peak_mib, relative_error
 from benchmarks.contestants import NAIVE, OURS, Contestant, one_gemm, ours_loss
-from benchmarks.harness import quartiles, ratio, take_turns
+from benchmarks.harness import NEVER, Deadline, quartiles, ratio, take_turns
 from benchmarks.shapes import HEADS, Head, Problem, Shape, make_problem
 from benchmarks.table import Table
 from hdpo_kernels.sampled.entries import draw, most_entries
@@ -36,15 +36,18 @@ def shapes(device: str, quick: bool) -> list[Shape]:
     return [*_with_entropies(made_up, _ENTROPIES), trained]
 
 
-def measure(table: Table, shape: Shape, contestants: Sequence[Contestant], rounds: int) -> None:
+def measure(
+    table: Table, shape: Shape, contestants: Sequence[Contestant], rounds: int, deadline: Deadline = NEVER
+) -> None:
     problem = make_problem(shape, table.device)
     exponents = _EXPONENTS if most_entries(2.0 ** min(_EXPONENTS)) <= problem.weight.shape[0] else _OF_SMALL_VOCAB
     _count_entries(table, shape, problem, exponents)
-    right = _measure_each(table, shape, problem, [c for c in contestants if c.name in _OTHERS], exponents)
+    right = _measure_each(table, shape, problem, [c for c in contestants if c.name in _OTHERS], exponents, deadline)
 
     runs = {contestant.name: partial(contestant.forward_backward, problem) for contestant in right}
+    # All have run before: no warm-up.
     turns: dict[str, Callable[[], object]] = {GEMM: one_gemm(problem), **runs}
-    seconds = take_turns(turns, table.device, rounds=rounds, seconds=30, warm_up=0)  # all have run before
+    seconds = take_turns(turns, table.device, rounds=rounds, seconds=30, warm_up=0, deadline=deadline)
     packages = {contestant.name: contestant.package for contestant in right}
     for name, values in seconds.items():
         add = partial(table.add, "sampled", shape.name, name, package=packages.get(name, ""))
@@ -61,7 +64,12 @@ def over(base: str) -> str:
 
 
 def _measure_each(
-    table: Table, shape: Shape, problem: Problem, others: Sequence[Contestant], exponents: Sequence[int]
+    table: Table,
+    shape: Shape,
+    problem: Problem,
+    others: Sequence[Contestant],
+    exponents: Sequence[int],
+    deadline: Deadline,
 ) -> list[Contestant]:
     """Peak memory and errors of one draw against fp64; returns who is timed.
 
@@ -101,8 +109,8 @@ def _measure_each(
         ours = partial(ours_loss, gradient="sampled", epsilon=2.0**e)
         sampled.append(Contestant(SAMPLED.format(e), "", loss=ours))
         filtered.append(Contestant(FILTERED.format(e), "", partial(filtered_logp, epsilon=2.0**e)))
-    measure_each(table, "sampled", shape, problem, filtered, lambda c: errors(c.forward_backward(problem)))
-    return measure_each(table, "sampled", shape, problem, [*others, *sampled], figures)
+    measure_each(table, "sampled", shape, problem, filtered, lambda c: errors(c.forward_backward(problem)), deadline)
+    return measure_each(table, "sampled", shape, problem, [*others, *sampled], figures, deadline)
 
 
 @torch.no_grad()

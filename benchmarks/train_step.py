@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.contest import OUR_RATIO
 from benchmarks.contestants import Contestant
-from benchmarks.harness import attempt, peak_bytes, quartiles, ratio, start_afresh, synchronize
+from benchmarks.harness import NEVER, Deadline, attempt, peak_bytes, quartiles, ratio, start_afresh, synchronize
 from benchmarks.table import Table, installed
 
 OURS, TRL = "hdpo_train", "trl"
@@ -75,26 +75,34 @@ def _variants(setup: Setup, short: int) -> list[Setup]:
     return [*shares, setup._replace(name=f"{setup.name}, ragged", pairs=pairs, tokens=short, ragged=True)]
 
 
-def measure(table: Table, setup: Setup, contestants: Sequence[Contestant], rounds: int) -> None:
-    """Trainers take turns by whole runs, in the order ours, TRL's, TRL's, ours."""
+def measure(
+    table: Table, setup: Setup, contestants: Sequence[Contestant], rounds: int, deadline: Deadline = NEVER
+) -> None:
+    """Trainers take turns by whole runs, in the order ours, TRL's, TRL's, ours; where time is short, ours, TRL's."""
     names = [OURS, *(contestant.name for contestant in contestants if contestant.name == TRL)]
     packages = {TRL: TRL}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     peaks: dict[str, float] = {}
-    for name in (*names, *reversed(names)):
-        if name not in seconds:
-            continue
-        result, status = None, "" if name == OURS or installed(name) else "not installed"
-        if not status:
-            result, status = attempt(partial(train, name, setup, table.device))
-        if result is not None:
-            status = result.wrong
-        if result is None or status:
-            del seconds[name]
-            table.add_status("train_step", setup.name, name, status, packages.get(name, ""))
-            continue
-        seconds[name] += result.seconds
-        peaks[name] = result.peak_mib
+    slowest = 0.0  # seconds of a run
+    for order in (names, names[::-1]):
+        if order is not names and deadline.left < slowest * len(seconds):
+            break
+        for name in (each for each in order if each in seconds):
+            if order is names:
+                deadline.check(slowest)
+            begin = time.monotonic()
+            result, status = None, "" if name == OURS or installed(name) else "not installed"
+            if not status:
+                result, status = attempt(partial(train, name, setup, table.device))
+            slowest = max(slowest, time.monotonic() - begin)
+            if result is not None:
+                status = result.wrong
+            if result is None or status:
+                del seconds[name]
+                table.add_status("train_step", setup.name, name, status, packages.get(name, ""))
+                continue
+            seconds[name] += result.seconds
+            peaks[name] = result.peak_mib
     for name, values in seconds.items():
         add = partial(table.add, "train_step", setup.name, name, package=packages.get(name, ""))
         median, low, high = quartiles(values)

@@ -1,9 +1,12 @@
 """Turns, ratios, peaks, and what becomes of an error."""
 
+import os
+import time
+
 import pytest
 import torch
 
-from benchmarks.harness import attempt, peak_bytes, quartiles, ratio, take_turns
+from benchmarks.harness import Deadline, OutOfTime, attempt, peak_bytes, quartiles, ratio, take_turns, use_one_device
 
 
 def test_take_turns_rotates_the_order():
@@ -16,6 +19,44 @@ def test_take_turns_rotates_the_order():
 
 def test_take_turns_ends_when_time_is_up_but_not_before_three_rounds():
     assert len(take_turns({"a": lambda: None}, "cpu", rounds=9, seconds=0)["a"]) == 3
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(4.0, 3), (6.5, 5), (100.0, 9)])
+def test_take_turns_ends_before_the_deadline(seconds, rounds, monkeypatch):
+    """Rounds of one second, one of them to warm up."""
+    now = [0.0]
+    for clock in ("monotonic", "perf_counter"):
+        monkeypatch.setattr(time, clock, lambda: now[0])
+
+    def second() -> None:
+        now[0] += 1
+
+    taken = take_turns({"a": second}, "cpu", rounds=9, deadline=Deadline(seconds))
+    assert len(taken["a"]) == rounds and now[0] <= seconds
+
+
+def test_take_turns_does_not_start_rounds_that_it_cannot_end(monkeypatch):
+    now = [0.0]
+    for clock in ("monotonic", "perf_counter"):
+        monkeypatch.setattr(time, clock, lambda: now[0])
+
+    def second() -> None:
+        now[0] += 1
+
+    with pytest.raises(OutOfTime):
+        take_turns({"a": second}, "cpu", rounds=9, deadline=Deadline(3.5))
+    assert now[0] == 1  # the round to warm up; three more would end at 4
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(None, "0"), ("2,3", "2"), ("5", "5"), ("", ""), ("GPU-a,GPU-b", "GPU-a")]
+)
+def test_use_one_device_keeps_the_first(before, after, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before or "")
+    if before is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    use_one_device()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == after
 
 
 def test_ratio_is_taken_within_a_round():
@@ -50,3 +91,8 @@ def test_attempt_says_what_went_wrong(error, status):
 
     assert attempt(function) == (None, status)
     assert attempt(lambda: 3) == (3, "")
+
+
+def test_attempt_does_not_take_the_deadline_for_an_error():
+    with pytest.raises(OutOfTime):
+        attempt(lambda: Deadline(-1).check())

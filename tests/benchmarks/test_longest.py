@@ -1,10 +1,13 @@
 """The search finds the longest length that fits, and tells what does not fit from what fails."""
 
+import time
+
 import pytest
 import torch
 
 from benchmarks import longest
 from benchmarks.contestants import CONTESTANTS
+from benchmarks.harness import Deadline, OutOfTime
 from benchmarks.table import Table, installed
 from benchmarks.train_step import OURS, TRL, Run
 
@@ -52,3 +55,21 @@ def test_measure_a_wrong_loss_has_no_length(monkeypatch):
     ours, theirs = table.rows
     assert (ours["metric"], ours["value"]) == ("longest sequence", "0")
     assert theirs["status"].startswith("failed: ValueError: wrong: the loss starts at 0.9, not at log 2")
+
+
+def test_measure_does_not_start_a_length_that_would_end_too_late(monkeypatch):
+    """A run takes a second for 100 tokens: lengths of 64, 128, 256 … are over after 0.64, 1.92, 4.48, 9.6 seconds."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    tried = []
+
+    def train(name, setup, device):
+        tried.append(setup.tokens)
+        now[0] += setup.tokens / 100
+        return Run([], 0.0, 0.6931)
+
+    monkeypatch.setattr(longest, "train", train)
+    search, _ = longest.shapes("cpu", quick=True)
+    with pytest.raises(OutOfTime):
+        longest.measure(Table("cpu"), search, [], rounds=1, deadline=Deadline(9))
+    assert tried == [64, 128, 256] and now[0] == pytest.approx(4.48)

@@ -3,8 +3,12 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
+
+import pytest
+import torch
 
 from benchmarks import __main__ as main
 from benchmarks.contestants import CONTESTANTS
@@ -13,14 +17,23 @@ from benchmarks.table import Table, read
 ROOT = Path(__file__).parents[2]
 
 
-def fake_question(name, seconds, clock):
-    def measure(table, shape, contestants, rounds):
-        clock.now += seconds
-        if shape.name == "bad":
-            raise ValueError("a bug of ours")
-        table.add(name, shape.name, "ours", "time", (1.0,), "ms")
+def fake_question(name, seconds, clock, contestants=("ours",)):
+    def measure(table, shape, _, rounds, deadline):
+        for contestant in contestants:
+            deadline.check(seconds)
+            clock.now += seconds
+            if shape.name == "bad":
+                raise ValueError("a bug of ours")
+            table.add(name, shape.name, contestant, "time", (1.0,), "ms")
 
     return SimpleNamespace(measure=measure)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
+    return clock
 
 
 def shapes(*names):
@@ -28,13 +41,14 @@ def shapes(*names):
 
 
 def test_in_order_asks_every_question_once_before_any_twice():
-    order = main.in_order({"loss": ["a", "b", "c"], "memory": ["x"], "forward": ["a", "b"]})
-    assert order == [("loss", "a"), ("memory", "x"), ("forward", "a"), ("loss", "b"), ("forward", "b"), ("loss", "c")]
+    order = main.in_order({"loss": ["a", "b", "c"], "longest": ["l", "m"], "memory": ["x"], "forward": ["a", "b"]})
+    assert order == [
+        ("loss", "a"), ("memory", "x"), ("forward", "a"), ("loss", "b"), ("forward", "b"), ("loss", "c"),
+        ("longest", "l"), ("longest", "m"),
+    ]  # fmt: skip
 
 
-def test_run_leaves_out_what_would_end_too_late(monkeypatch, tmp_path):
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(main.time, "monotonic", lambda: clock.now)
+def test_run_leaves_out_what_would_end_too_late(monkeypatch, tmp_path, clock):
     questions = {"slow": fake_question("slow", 50, clock), "fast": fake_question("fast", 1, clock)}
     monkeypatch.setattr(main, "QUESTIONS", questions)
     tasks = main.in_order({"slow": shapes("a", "b", "c"), "fast": shapes("a", "b", "c")})
@@ -44,6 +58,35 @@ def test_run_leaves_out_what_would_end_too_late(monkeypatch, tmp_path):
     assert [(row["question"], row["shape"]) for row in read(tmp_path / "cpu.csv")] == [
         ("slow", "a"), ("fast", "a"), ("slow", "b"), ("fast", "b"), ("fast", "c"),
     ]  # fmt: skip
+
+
+def test_run_does_not_start_a_first_shape_whose_estimate_does_not_fit(monkeypatch, tmp_path, clock):
+    monkeypatch.setattr(main, "QUESTIONS", {name: fake_question(name, 30, clock) for name in ("loss", "longest")})
+    tasks = main.in_order({"longest": shapes("a", "b"), "loss": shapes("a", "b", "c", "d")})
+    minutes = (main.ESTIMATES["loss"] + 60) / 60
+    assert main.run(tasks, Table("cpu"), [], 1, minutes, tmp_path) == ["longest of a", "longest of b"]
+    assert clock.now == 120 < 60 * minutes < main.ESTIMATES["longest"]
+
+
+def test_run_stops_inside_a_shape_and_keeps_what_was_measured(monkeypatch, tmp_path, clock):
+    monkeypatch.setattr(main, "QUESTIONS", {"slow": fake_question("slow", 50, clock, ("ours", "naive", "trl"))})
+    left_out = main.run(main.in_order({"slow": shapes("a", "b")}), Table("cpu"), [], 1, 101 / 60, tmp_path)
+    assert clock.now == 100 and left_out == ["the rest of slow of a", "slow of b"]
+    assert [row["contestant"] for row in read(tmp_path / "cpu.csv")] == ["ours", "naive"]
+
+
+def test_main_draws_and_prints_what_was_measured_before_the_device_failed(monkeypatch, tmp_path, capsys):
+    def measure(table, *_):
+        table.add("loss", "N=8", "naive", "time", (1.0,), "ms")
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setitem(main.QUESTIONS, "loss", SimpleNamespace(measure=measure, shapes=lambda *_: shapes("N=8")))
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--device", "cpu", "--only", "loss", "--out", str(tmp_path)])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
+    with pytest.raises(torch.AcceleratorError):
+        main.main()
+    assert "| N=8 | 1 ms |" in capsys.readouterr().out and (tmp_path / "cpu-time.png").exists()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
 
 
 def test_run_goes_on_after_an_error_and_reports_it(monkeypatch, tmp_path):

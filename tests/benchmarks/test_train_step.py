@@ -1,10 +1,14 @@
 """Trainers take turns, and one whose loss is wrong is not timed."""
 
+import contextlib
+import time
+
 import pytest
 
 from benchmarks import train_step
 from benchmarks.contest import OUR_RATIO
 from benchmarks.contestants import CONTESTANTS
+from benchmarks.harness import Deadline, OutOfTime
 from benchmarks.table import Table, installed
 from benchmarks.train_step import OURS, TRL, Run
 
@@ -45,3 +49,23 @@ def test_records_have_the_lengths_of_their_setup():
         words = [[len(record[key].split()) for key in ("prompt", "chosen", "rejected")]
                  for record in train_step._records(setup)]  # fmt: skip
         assert [(p, c + 1, r + 1) for p, c, r in words] == setup.lengths  # the EOS is the last one
+
+
+@pytest.mark.skipif(not installed(TRL), reason="TRL is not installed")
+@pytest.mark.parametrize(("seconds", "runs"), [(29, [OURS, TRL]), (41, [OURS, TRL, TRL, OURS]), (15, [OURS])])
+def test_measure_takes_the_turns_that_the_deadline_allows(seconds, runs, monkeypatch):
+    """A run takes ten seconds; one of each trainer, or two."""
+    now, order = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def train(name, setup, device):
+        now[0] += 10
+        order.append(name)
+        return Run([1.0], 64.0, 0.6931)
+
+    monkeypatch.setattr(train_step, "train", train)
+    table = Table("cpu")
+    with contextlib.nullcontext() if len(runs) > 1 else pytest.raises(OutOfTime):
+        train_step.measure(table, SETUP, CONTESTANTS, rounds=1, deadline=Deadline(seconds))
+    assert order == runs
+    assert {row["contestant"] for row in table.rows} == (set(runs) if len(runs) > 1 else set())
