@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,9 @@ _COMMANDS_OF_THEIR_OWN = {  # each module has main(argv)
 def main(argv: list[str] | None = None) -> None:
     """A command of the command line. Exit codes: 2 for an error that is said in words, 130 after Ctrl-C,
     143 after a SIGTERM that left a checkpoint."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # in Latin-1 or ASCII there is no α: the program goes on with \u03b1
+            stream.reconfigure(errors="backslashreplace")
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv:
         name = "quickstart"

@@ -1,34 +1,42 @@
 """Preference records -> token ids -> packed batch.
 
-    records ── tokenize_pairs ──> prompt_ids, chosen_ids, rejected_ids ── PairCollator ──> one batch
+    records ── forms, tokenize_pairs ──> prompt_ids, chosen_ids, rejected_ids ── PairCollator ──> one batch
 
 Two boundaries decide whether the loss is right, and both are exact here: the prompt's ids are those of inference, and
 the rows of the batch are the positions that predict a completion token, and no others.
 """
 
+import contextlib
 import inspect
 import logging
 import string
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import pyarrow as pa
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Audio, Dataset, Features, Image, List, Value, Video
 from transformers import PreTrainedTokenizerBase
 
-from hdpo_train import records
+from hdpo_train import forms
+from hdpo_train.forms import BadRecord
 from hdpo_train.packing import PADDED, Layout, lay_out
-from hdpo_train.records import BadRecord, described, load_records
+from hdpo_train.records import described, load_records
 
 __all__ = ["PairCollator", "load_records", "pair_tokens", "tokenize_pairs"]
 
 logger = logging.getLogger(__name__)
 
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
-_FEATURES = Features({**{column: List(Value("int32")) for column in _IDS}, "bad": Value("string")})
+_FEATURES = Features(
+    {**{column: List(Value("int32")) for column in _IDS}, "bad": Value("string"), "repeats": Value("bool")}
+)
+_TEXTS = ("prompt", "chosen", "rejected")
+_OF_TEMPLATES = ("tools", "chat_template_kwargs")
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _NUMBERS_SHOWN = 5
 
 Pair = tuple[list[int], list[int], list[int]]  # ids of prompt, chosen, rejected
@@ -52,7 +60,13 @@ def tokenize_pairs(
 
     prompt_ids is what the model sees at inference: `tokenizer(prompt)`, or the chat template with its generation
     prompt. No token spans the end of the prompt: where prompt and completion would merge, the completion is tokenized
-    apart. A completion that is a string gets an EOS unless it ends in one; a template brings its own.
+    apart. A completion that is a string gets an EOS unless it ends in one; a template brings its own. The content of a
+    message may be a list of parts of text: a template that expects strings gets them joined, with nothing between.
+
+    Arrow gives all structs of a column the same keys; those that are None are left out of messages, tools and
+    chat_template_kwargs. Records of `load_records` from JSON, and features of the type Json, keep the nulls they have.
+
+    Columns that have no effect are named in a warning; with one of images, video or audio the data set is refused.
 
     Args:
         dataset: the records.
@@ -61,16 +75,18 @@ def tokenize_pairs(
         max_prompt_length: tokens of the prompt; what is beyond is cut from its start, after a leading BOS.
         on_bad_record: "stop" raises if there is a bad record, "drop" leaves bad ones out with a warning. Bad are: a
             value that is missing or of another type; an empty completion or prompt; chosen equal to rejected; a pair
-            of which `max_length` leaves no completion or no difference; messages that the chat template refuses, or
-            whose prompt it writes differently inside the conversation.
+            of which `max_length` leaves no completion or no difference; no prompt column and no common beginning;
+            messages that have parts other than text, that the chat template refuses or leaves out, or whose prompt it
+            writes differently inside the conversation.
         num_proc: processes to tokenize with.
         name: what to call the data set in messages.
 
     Raises:
         TypeError: `dataset` is not a `datasets.Dataset`.
-        ValueError: the data set is empty or lacks columns; the tokenizer lacks the EOS or chat template that the
-            records need; an argument is out of range; there are bad records ("stop"), counted by kind and numbered
-            from 1; or no record is left ("drop").
+        ValueError: the data set is empty, lacks columns or has images, video or audio; the tokenizer lacks the EOS or
+            chat template that the records need; an argument is out of range; there are bad records ("stop"), counted by
+            kind and numbered from 1; or no record is left ("drop").
+        ChildProcessError: a process that tokenizes was killed.
     """
     if not isinstance(dataset, Dataset):
         raise TypeError(
@@ -85,25 +101,36 @@ def tokenize_pairs(
         raise ValueError(f"max_prompt_length={max_prompt_length}: must be at least 1")
     where = described(dataset, name)
     form = _form(dataset, tokenizer, where)
-    tokenized = dataset.with_format(None).map(
-        _tokenize_batch,
+    _check_columns(dataset, form, where)
+    # a batch comes as an Arrow table: datasets' own decoding rounds the numbers in JSON
+    map_options: dict[str, Any] = dict(
         batched=True,
         fn_kwargs={
             "form": form,
+            "columns": dataset.features,
             "encoder": _Encoder(tokenizer, rendered=form == "messages"),
             "max_length": max_length,
             "max_prompt_length": max_prompt_length,
             # The cache knows a function by its name: without the code, it would return what an old version computed.
-            "code": [inspect.getsource(module) for module in (records, sys.modules[__name__])],
+            "code": [inspect.getsource(module) for module in (forms, sys.modules[__name__])],
         },
         remove_columns=dataset.column_names,
         features=_FEATURES,
         num_proc=num_proc,
         desc=f"Tokenizing {name}",
     )
+    with killed_workers_named("dataset_num_proc", num_proc):
+        tokenized = dataset.with_format("arrow").map(_tokenize_batch, **map_options).with_format(None)
     kinds: list[str | None] = tokenized["bad"][:]
-    tokenized = tokenized.remove_columns("bad")
     good = [index for index, kind in enumerate(kinds) if kind is None]
+    repeats: list[bool] = tokenized["repeats"][:]
+    if good and all(repeats[index] for index in good):
+        logger.warning(
+            "In all records of the %s chosen and rejected begin with the prompt, which the model will then see twice. "
+            "If that is not meant, leave the column prompt out: what both begin with will be the prompt.",
+            where,
+        )
+    tokenized = tokenized.select_columns(list(_IDS))
     if len(good) == len(kinds):
         return tokenized
     summary = _summary(kinds, where)
@@ -113,6 +140,21 @@ def tokenize_pairs(
         raise ValueError(f"{summary}\nMend these records, or leave them out with --on_bad_record drop.")
     logger.warning("%s\nThey are left out.", summary)
     return tokenized.select(good)
+
+
+@contextlib.contextmanager
+def killed_workers_named(option: str, processes: int | None) -> Iterator[None]:
+    """Raise ChildProcessError, with the way out, where a process of this option's was killed."""
+    try:
+        yield
+    except RuntimeError as error:  # of datasets and torch; neither has a type of its own
+        killed = ("subprocesses has abruptly died", "DataLoader worker (pid")
+        if not processes or not any(text in str(error) for text in killed):
+            raise
+        raise ChildProcessError(
+            f"one of the processes of {option}={processes} was killed; usually the machine had no memory left for it: "
+            f"give a smaller {option}"
+        ) from error
 
 
 def _form(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, where: str) -> Literal["ids", "messages", "strings"]:
@@ -127,7 +169,8 @@ def _form(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, where: str) -> L
             f"the {where} has no column {' and no column '.join(missing)}; it has {', '.join(columns)}. Needed "
             "are prompt, chosen and rejected; or chosen and rejected that begin with the prompt; or " + ", ".join(_IDS)
         )
-    if isinstance(next((chosen for chosen in dataset["chosen"] if chosen is not None), None), list):
+    first = next((chosen for chosen in dataset["chosen"] if chosen is not None), None)
+    if isinstance(first, dict) or (isinstance(first, list) and any(isinstance(part, dict) for part in first)):
         if not tokenizer.chat_template:
             raise ValueError(
                 f"the {where} has messages, but the tokenizer has no chat template: set "
@@ -140,6 +183,24 @@ def _form(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, where: str) -> L
             "its vocabulary"
         )
     return "strings"
+
+
+def _check_columns(dataset: Dataset, form: str, where: str) -> None:
+    """Refuse images, video and audio, and name the columns that have no effect."""
+    used = {"ids": _IDS, "strings": _TEXTS, "messages": _TEXTS + _OF_TEMPLATES}[form]
+    unused = [column for column in dataset.column_names if column not in used]
+    for column in unused:
+        feature = dataset.features[column]
+        if (column in _MEDIA or isinstance(getattr(feature, "feature", feature), Audio | Image | Video)) and any(
+            any(forms.as_written(value, feature) for value in table[column].to_pylist())
+            for table in dataset.select_columns(column).with_format("arrow").iter(batch_size=1000)
+        ):
+            raise ValueError(
+                f"the {where} has {column} in a column: this trainer is for text, and the model would not see them. "
+                f"Without it, as in dataset.remove_columns({column!r}), the text alone is trained on"
+            )
+    if unused:
+        logger.warning("Columns of the %s that have no effect: %s", where, ", ".join(unused))
 
 
 def _summary(kinds: list[str | None], where: str) -> str:
@@ -155,25 +216,40 @@ def _summary(kinds: list[str | None], where: str) -> str:
 
 
 def _tokenize_batch(
-    batch: dict[str, list],
+    batch: pa.Table,
     form: str,
+    columns: Features,
     encoder: "_Encoder",
     max_length: int | None,
     max_prompt_length: int | None,
     code: list[str],
 ) -> dict[str, list]:
-    """One batch for `Dataset.map`: the ids, and in `bad` the kind of a bad record, whose ids are empty."""
-    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    """One batch for `Dataset.map`: the ids; in `bad` the kind of a bad record, whose ids are empty; and in `repeats`
+    whether a good record has strings that both begin with the prompt.
+    """
+    needed = [column for column in batch.column_names if column in (*_IDS, *_TEXTS, *_OF_TEMPLATES)]
+    rows = [
+        dict.fromkeys(columns) | {key: forms.as_written(value, columns[key]) for key, value in row.items()}
+        for row in batch.select(needed).to_pylist()
+    ]
+    repeats = [False] * len(rows)
     if form == "ids":
         pairs = [_unless_bad(_given_ids, row) for row in rows]
     elif form == "messages":
-        pairs = encoder.pairs([_unless_bad(records.from_messages, row, encoder.tokenizer) for row in rows])
+        pairs = encoder.pairs([_unless_bad(forms.from_messages, row, encoder.tokenizer) for row in rows])
     else:
-        pairs = encoder.pairs([_unless_bad(records.from_strings, row) for row in rows])
+        texts = [_unless_bad(forms.from_strings, row) for row in rows]
+        if "prompt" in columns:
+            repeats = [not isinstance(text, BadRecord) and _repeats_prompt(*text) for text in texts]
+        pairs = encoder.pairs(texts)
     pairs = [_unless_bad(_fit, pair, encoder.tokenizer, max_length, max_prompt_length) for pair in pairs]
     bad = [str(pair) if isinstance(pair, BadRecord) else None for pair in pairs]
     ids = zip(*(([], [], []) if isinstance(pair, BadRecord) else pair for pair in pairs), strict=True)
-    return {**{name: list(column) for name, column in zip(_IDS, ids, strict=True)}, "bad": bad}
+    return {**{name: list(column) for name, column in zip(_IDS, ids, strict=True)}, "bad": bad, "repeats": repeats}
+
+
+def _repeats_prompt(prompt: str, chosen: str, rejected: str) -> bool:
+    return bool(prompt) and chosen.startswith(prompt) and rejected.startswith(prompt)
 
 
 def _unless_bad(function: Callable, value: Any, *args: Any) -> Any:
@@ -244,7 +320,7 @@ def _fit(pair: Pair, tokenizer: PreTrainedTokenizerBase, max_length: int | None,
     """Check the ids of a pair and cut them to length."""
     prompt, chosen, rejected = pair
     if not all(any(token != tokenizer.eos_token_id for token in ids) for ids in (chosen, rejected)):
-        raise BadRecord(records.EMPTY)
+        raise BadRecord(forms.EMPTY)
     if chosen == rejected:
         raise BadRecord("chosen and rejected are the same")
     if not prompt:

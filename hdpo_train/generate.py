@@ -23,9 +23,9 @@ from transformers.utils import cached_file, logging
 
 from hdpo_kernels import linear_logp
 from hdpo_train.checkers import Problem
+from hdpo_train.forms import BadRecord, chat_prompt
 from hdpo_train.head import HeadTransform, UnsupportedHead, bare, find_transform, head_of
 from hdpo_train.models import backbone_of, evaluating
-from hdpo_train.records import BadRecord, chat_prompt
 from hdpo_train.samples import Request, Sample, SamplesFile, before_stop, digest
 
 logger = logging.get_logger(__name__)

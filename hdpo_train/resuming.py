@@ -21,6 +21,7 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 from transformers.utils import logging
 
 from hdpo_train.checkpoints import WholeCheckpoints, remove_leftovers
+from hdpo_train.data import killed_workers_named
 from hdpo_train.lock import lock, unlock
 from hdpo_train.metrics import finite
 from hdpo_train.output_dir import (
@@ -93,7 +94,8 @@ class ResumableTrainer(WholeCheckpoints):
         if checkpoint is not None:
             self._say_what_has_changed(checkpoint, options)
         together(lambda: write_record(folder, options) if self.args.should_save else None)
-        result = super().train(checkpoint, *args, **kwargs)
+        with killed_workers_named("dataloader_num_workers", self.args.dataloader_num_workers):
+            result = super().train(checkpoint, *args, **kwargs)
         self._has_ended = True
         return result
 

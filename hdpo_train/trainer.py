@@ -33,6 +33,7 @@ from hdpo_train.ranks import (
     shards,
     weights,
 )
+from hdpo_train.records import training_split
 from hdpo_train.reference import COLUMNS, model_inputs, with_reference
 from hdpo_train.report import RunReport, mean_loss
 from hdpo_train.resuming import ResumableTrainer
@@ -119,7 +120,7 @@ class HDPOTrainer(ResumableTrainer):
         super().__init__(
             model=policy,
             args=args,
-            train_dataset=_map_datasets(train_dataset, tokenize, "train"),
+            train_dataset=_map_datasets(training_split(train_dataset), tokenize, "train"),
             eval_dataset=_map_datasets(eval_dataset, tokenize, "eval"),
             processing_class=tokenizer,
             callbacks=callbacks,

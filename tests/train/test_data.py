@@ -1,6 +1,5 @@
-"""Token ids: the boundary between prompt and completion, bad records, lengths."""
+"""Token ids of records: their forms, bad records, lengths, columns, the cache. The boundary: see test_boundary."""
 
-import json
 import logging
 import re
 from pathlib import Path
@@ -8,106 +7,31 @@ from pathlib import Path
 import datasets
 import pytest
 from datasets import Dataset, DatasetDict
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from hdpo_train import data
 from hdpo_train.data import load_records, tokenize_pairs
-
-REAL = Path(__file__).parents[3] / "shared" / "data"
-IDS = ["prompt_ids", "chosen_ids", "rejected_ids"]
-SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-CORPUS = [
-    "Hello world, what is the answer? The answer is 42.",
-    "Question: how many eggs are there?\nAnswer: there are 12 eggs, then 3 more.",
-    "them these there their theme\n\nfoo bar ... and so on: (a) b; c!",
-    "user\nassistant\nsystem\nYou are a helpful assistant.",
-] * 20
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+from tests.train.tokenizers_of_kinds import (
+    CHATML,
+    IDS,
+    SPECIAL,
+    assistant,
+    byte_level,
+    llama_2,
+    pair,
+    tokenize,
+    tokenizers_of_kinds,
+    user,
+    with_specials,
+    wrap,
 )
 
-
-def wrap(backend, **kwargs):
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", **{"bos_token": "<s>", **kwargs}
-    )
-
-
-def with_specials(backend, bos=True, eos=False):
-    single = ["<s>"] * bos + ["$A"] + ["</s>"] * eos
-    ids = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
-    backend.post_processor = processors.TemplateProcessing(single=" ".join(single), special_tokens=ids)
-    return backend
-
-
-def byte_level(corpus=CORPUS, vocab_size=400, prefix=False):
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(
-        corpus,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-        ),
-    )
-    return backend
-
-
-def metaspace():
-    """Sentencepiece-like unigram model, a space put before every text."""
-    backend = Tokenizer(models.Unigram())
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    backend.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
-    alphabet = sorted(set("".join(CORPUS)) | {"▁"})
-    trainer = trainers.UnigramTrainer(
-        vocab_size=200, special_tokens=SPECIAL, unk_token="<unk>", initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(CORPUS, trainer)
-    return backend
-
-
-def llama_2():
-    """BPE over whole texts with a normalizer that puts a space before each, bytes for what it does not know."""
-    pieces = Tokenizer(models.BPE())
-    pieces.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    pieces.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    pieces.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, show_progress=False))
-    model = json.loads(pieces.to_str())["model"]
-    vocab = {**model["vocab"], **{f"<0x{byte:02X}>": len(model["vocab"]) + byte for byte in range(256)}}
-    merges = [tuple(merge) for merge in model["merges"]]
-    backend = Tokenizer(models.BPE(vocab, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
-    backend.normalizer = pieces.normalizer
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return backend
+REAL = Path(__file__).parents[3] / "shared" / "data"
 
 
 @pytest.fixture(scope="module")
 def tokenizers():
-    return {
-        "byte-level": wrap(byte_level()),
-        "byte-level, BOS": wrap(with_specials(byte_level())),
-        "byte-level, BOS, EOS": wrap(with_specials(byte_level(), eos=True)),
-        "byte-level, prefix": wrap(byte_level(prefix=True)),
-        "metaspace": wrap(with_specials(metaspace())),
-        "metaspace, BOS, EOS": wrap(with_specials(metaspace(), eos=True)),
-        "llama-2": wrap(with_specials(llama_2())),
-    }
-
-
-KINDS = [
-    "byte-level",
-    "byte-level, BOS",
-    "byte-level, BOS, EOS",
-    "byte-level, prefix",
-    "metaspace",
-    "metaspace, BOS, EOS",
-    "llama-2",
-]
+    return tokenizers_of_kinds()
 
 
 @pytest.fixture
@@ -136,129 +60,6 @@ def library_log(caplog):
 def plain(tokenizers):
     """Ids of a text, without special tokens."""
     return lambda text: tokenizers["byte-level"](text)["input_ids"]
-
-
-def pair(prompt, chosen, rejected):
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-def tokenize(records, tokenizer, **kwargs):
-    return tokenize_pairs(Dataset.from_list(records), tokenizer, **{"max_length": None, **kwargs})
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
-# ---- the boundary ---------------------------------------------------------------------------------------------------
-
-BOUNDARIES = [
-    ("Question: how many?\nAnswer:", " there are 12"),
-    ("Question: how many?\nAnswer: ", "there are 12"),
-    ("Hello wor", "ld, the answer"),
-    ("the", "m and so on"),
-    ("the", "se"),
-    ("foo\n", "\nbar"),
-    ("foo\n", "bar"),
-    ("foo  ", "  bar"),
-    ("eggs ..", ". and"),
-    ("the answer is 4", "2."),
-    ("the answer", "!"),
-    ("(", "a) b"),
-    ("a", "b"),
-]
-
-
-def inference_ids(tokenizer, prompt):
-    ids = tokenizer(prompt)["input_ids"]
-    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
-
-
-def assert_exact_boundary(tokenizer, record, row):
-    assert row["prompt_ids"] == inference_ids(tokenizer, record["prompt"])
-    for side in ("chosen", "rejected"):
-        ids = row[f"{side}_ids"]
-        assert ids[-1] == tokenizer.eos_token_id
-        assert tokenizer.eos_token_id not in ids[:-1] and tokenizer.bos_token_id not in ids
-        text = tokenizer.decode(row["prompt_ids"] + ids, skip_special_tokens=True)
-        # a space before the text is the tokenizer's own, and no part of the boundary
-        assert text.removeprefix(" ") == (record["prompt"] + record[side]).removeprefix(" ")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_tokenize_pairs_boundary_is_exact(tokenizers, kind):
-    records = [pair(prompt, completion, completion + " and more") for prompt, completion in BOUNDARIES]
-    for record, row in zip(records, tokenize(records, tokenizers[kind]), strict=True):
-        assert_exact_boundary(tokenizers[kind], record, row)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_tokenize_pairs_boundary_is_exact_anywhere_in_a_text(tokenizers, kind):
-    text = CORPUS[0] + " " + CORPUS[2].replace("\n", " ")
-    records = [pair(text[:cut], text[cut:], text[cut:] + "!") for cut in range(1, len(text))]
-    for record, row in zip(records, tokenize(records, tokenizers[kind]), strict=True):
-        assert_exact_boundary(tokenizers[kind], record, row)
-
-
-def test_the_tokenizers_here_do_merge_and_prefix(tokenizers):
-    """What the boundary tests rest on: tokens that span the boundary, and spaces put before a text."""
-    byte, meta, llama = tokenizers["byte-level"], tokenizers["metaspace"], tokenizers["llama-2"]
-    for tokenizer, prompt, text in [(byte, "Hello wor", "Hello world"), (meta, "the", "them"), (llama, "the", "them")]:
-        ids = tokenizer(prompt)["input_ids"]
-        assert tokenizer(text)["input_ids"][: len(ids)] != ids
-    for tokenizer in (meta, llama):
-        assert tokenizer.convert_ids_to_tokens(tokenizer("m")["input_ids"])[1].startswith("▁")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_tokenize_pairs_keeps_the_natural_tokens_where_they_respect_the_boundary(tokenizers, kind):
-    tokenizer = tokenizers[kind]
-    record = pair("Question: the answer is:", " there are 12 eggs", " The answer is 42.")
-    (row,) = tokenize([record], tokenizer)
-    joint = inference_ids(tokenizer, record["prompt"] + record["chosen"])
-    assert row["prompt_ids"] + row["chosen_ids"] == [*joint, tokenizer.eos_token_id]
-
-
-def test_tokenize_pairs_prefix_space_is_not_put_into_the_completion(tokenizers):
-    for kind in ("metaspace", "llama-2", "byte-level, prefix"):
-        (row,) = tokenize([pair("the answer is: ", "a", "b")], tokenizers[kind])
-        assert tokenizers[kind].convert_ids_to_tokens(row["chosen_ids"]) == ["a", "</s>"], kind
-
-
-def test_tokenize_pairs_adds_one_eos(tokenizer, plain):
-    records = [pair("foo", " bar", " bar foo</s>"), pair("foo", " bar</s>", " foo</s></s>")]
-    first, second = tokenize(records, tokenizer)
-    eos = tokenizer.eos_token_id
-    assert first["chosen_ids"] == second["chosen_ids"] == [*plain(" bar"), eos]
-    assert first["rejected_ids"] == [*plain(" bar foo"), eos]
-    assert second["rejected_ids"] == [*plain(" foo"), eos, eos]
-
-
-def test_tokenize_pairs_ignores_padding_and_truncation_of_the_tokenizer_file():
-    backend = with_specials(byte_level())
-    reference = wrap(Tokenizer.from_str(backend.to_str()))
-    backend.enable_truncation(3)
-    backend.enable_padding(length=50)
-    records = [pair("Hello world, what is", " the answer?", " a"), pair("foo", " b", " c")]
-    assert tokenize(records, wrap(backend)).to_list() == tokenize(records, reference).to_list()
-
-
-def test_tokenize_pairs_where_no_boundary_can_be_found(tokenizers, monkeypatch):
-    original = data._Encoder.__init__
-
-    def only_bad_anchors(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        self.anchors = {"the": self._ids("the", False)}
-
-    monkeypatch.setattr(data._Encoder, "__init__", only_bad_anchors)
-    with pytest.raises(
-        ValueError, match="1 x the tokenizer has no token boundary where the completion begins: record 2"
-    ):
-        tokenize([pair("foo ", "a", "b"), pair("the", "m", "se")], tokenizers["metaspace"])
 
 
 # ---- forms of records -----------------------------------------------------------------------------------------------
@@ -379,7 +180,6 @@ def test_tokenize_pairs_checks_given_ids(tokenizer):
 # ---- bad records ----------------------------------------------------------------------------------------------------
 
 GOOD = pair("Question: what?", " the answer", " foo bar")
-MISSING = "prompt, chosen or rejected is missing or not a string"
 SAME = "chosen and rejected are the same"
 EMPTY = "chosen or rejected is empty"
 CUT = "max_length=12 leaves no completion, or no difference"
@@ -388,9 +188,9 @@ CUT = "max_length=12 leaves no completion, or no difference"
 @pytest.mark.parametrize(
     ("record", "kind"),
     [
-        (pair(None, " a", " b"), MISSING),
-        (pair("a", None, " b"), MISSING),
-        (pair("a", " a", None), MISSING),
+        (pair(None, " a", " b"), "prompt is missing"),
+        (pair("a", None, " b"), "chosen is missing"),
+        (pair("a", " a", None), "rejected is missing"),
         (pair("a", "", " b"), EMPTY),
         (pair("a", " b", ""), EMPTY),
         (pair("a", " b", "</s>"), EMPTY),
@@ -420,16 +220,13 @@ def test_tokenize_pairs_bad_strings(tokenizer, caplog, record, kind):
         tokenize([record], tokenizer, max_length=12, on_bad_record="drop")
 
 
-NO_MESSAGES = r"prompt, chosen or rejected is missing or not a list of {role, content} messages"
-
-
 @pytest.mark.parametrize(
     ("record", "kind"),
     [
-        (pair([user("a")], None, [assistant("b")]), NO_MESSAGES),
-        (pair(None, [assistant("a")], [assistant("b")]), NO_MESSAGES),
-        (pair([user(None)], [assistant("a")], [assistant("b")]), NO_MESSAGES),
-        (pair([user("a")], [{"role": None, "content": "a"}], [assistant("b")]), NO_MESSAGES),
+        (pair([user("a")], None, [assistant("b")]), "chosen is missing"),
+        (pair(None, [assistant("a")], [assistant("b")]), "prompt is missing"),
+        (pair([user(None)], [assistant("a")], [assistant("b")]), "a message of prompt has no content"),
+        (pair([user("a")], [{"role": None, "content": "a"}], [assistant("b")]), "a message of chosen has no role"),
         (pair([user("a")], [], [assistant("b")]), EMPTY),
         (pair([user("a")], [assistant("")], [assistant("b")]), EMPTY),
         (pair([user("a")], [assistant("b")], [assistant("b")]), SAME),
@@ -461,7 +258,7 @@ def test_tokenize_pairs_messages_of_which_one_begins_with_the_other(chat_tokeniz
     identical = [user("a"), assistant("b")]
     with pytest.raises(ValueError, match=SAME):
         tokenize([{"chosen": identical, "rejected": identical}], chat_tokenizer)
-    with pytest.raises(ValueError, match="the prompt has no message"):
+    with pytest.raises(ValueError, match="no column prompt, and chosen and rejected begin with nothing in common"):
         tokenize([{"chosen": [assistant("a")], "rejected": [assistant("b")]}], chat_tokenizer)
 
 
@@ -477,7 +274,7 @@ def test_tokenize_pairs_values_of_mixed_types(tmp_path, monkeypatch, tokenizer):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     file = tmp_path / "a.jsonl"
     file.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": 5, "rejected": "c"}\n')
-    with pytest.raises(ValueError, match=f"1 x {MISSING}: record 2"):
+    with pytest.raises(ValueError, match="1 x chosen is a number, not a string: record 2"):
         tokenize_pairs(load_records(str(file)), tokenizer)
 
 

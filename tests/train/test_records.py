@@ -1,4 +1,4 @@
-"""Records: where they come from, and how a form without a prompt column is split."""
+"""Records: where they come from."""
 
 import gzip
 import json
@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from hdpo_train import records
-from hdpo_train.records import BadRecord, from_strings, load_records
+from hdpo_train.records import load_records
 
 PAIRS = [
     {"prompt": "Q: two?\n", "chosen": "Yes.", "rejected": "No."},
@@ -107,7 +107,7 @@ def test_load_records_names_a_damaged_binary_file(tmp_path, name):
 
 def test_load_records_refuses_a_split_or_configuration_that_is_not_there(tmp_path):
     path = write(tmp_path / "a.jsonl", LINES[0])
-    with pytest.raises(ValueError, match=r'a\.jsonl cannot be loaded: Unknown split "test"'):
+    with pytest.raises(ValueError, match=r"a\.jsonl has no split 'test'.*it has train"):
         load_records(path, split="test")
     with pytest.raises(ValueError, match="config='en'"):
         load_records(path, config="en")
@@ -143,28 +143,3 @@ def test_load_records_asks_the_hub_for_other_names(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "load_dataset", absent)
     with pytest.raises(FileNotFoundError, match=r"'some/prefs' is no file or folder here.*no route"):
         load_records("some/prefs")
-
-
-@pytest.mark.parametrize(
-    ("chosen", "rejected", "prompt"),
-    [
-        ("Q: sky?\nA: blue", "Q: sky?\nA: green", "Q: sky?\nA:"),  # before the space of the next word
-        ("Q: sky?\nblue", "Q: sky?\ngreen", "Q: sky?\n"),  # after a line break
-        ("Q: 2 + 2 = 14", "Q: 2 + 2 = 15", "Q: 2 + 2 ="),  # not in the middle of a number
-        ("Q: ok? yes", "Q: ok? yes indeed", "Q: ok?"),  # one is the start of the other
-        ("Q: ok? yes", "Q: ok? yes", "Q: ok?"),
-        ("Q:  a", "Q:  b", "Q: "),
-        ("天空是蓝色", "天空是绿色", "天空是"),  # no spaces: where they differ
-        ("yes", "no", ""),
-        ("", "no", ""),
-    ],
-)
-def test_from_strings_splits_an_implicit_prompt_where_a_token_ends(chosen, rejected, prompt):
-    texts = from_strings({"chosen": chosen, "rejected": rejected})
-    assert texts == (prompt, chosen.removeprefix(prompt), rejected.removeprefix(prompt))
-
-
-def test_from_strings_keeps_a_given_prompt():
-    assert from_strings({"prompt": "Q", "chosen": "a b", "rejected": "a c"}) == ("Q", "a b", "a c")
-    with pytest.raises(BadRecord, match="missing or not a string"):
-        from_strings({"prompt": None, "chosen": "a", "rejected": "b"})
