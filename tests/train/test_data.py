@@ -1,12 +1,15 @@
 """Token ids of records: their forms, bad records, lengths, columns, the cache. The boundary: see test_boundary."""
 
 import logging
+import os
 import re
+import signal
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Audio, Dataset, DatasetDict, Features, Image, Json, List, Value
 from transformers import PreTrainedTokenizerFast
 
 from hdpo_train import data
@@ -306,6 +309,63 @@ def test_tokenize_pairs_all_of_a_first_batch_bad(tokenizer):
 def test_tokenize_pairs_refuses_arguments(tokenizer, kwargs, message):
     with pytest.raises(ValueError, match=message):
         tokenize([GOOD], tokenizer, **kwargs)
+
+
+def test_tokenize_pairs_names_columns_without_effect(tokenizer, chat_tokenizer, caplog):
+    more = {"score_chosen": 0.5, "tools": None, "ref_chosen_logp": -3.0}
+    tokenize([{**GOOD, **more}], tokenizer)
+    assert "Columns of the train data set that have no effect: score_chosen, tools, ref_chosen_logp" in caplog.text
+    caplog.clear()
+    tokenize([pair([user("a")], [assistant("b")], [assistant("c")]) | more], chat_tokenizer, name="eval")
+    assert "Columns of the eval data set that have no effect: score_chosen, ref_chosen_logp" in caplog.text
+    caplog.clear()
+    tokenize_pairs(tokenize([GOOD], tokenizer), tokenizer)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "feature"),
+    [
+        ("images", [[], ["a.png"]], List(Value("string"))),
+        ("video", [None, "a.mp4"], Value("string")),
+        ("images", ["[]", '["a.png"]'], Json()),
+        ("picture", [None, {"path": "a.png", "bytes": None}], Image()),
+        ("pictures", [[], [{"path": "a.png", "bytes": None}]], List(Image())),
+        ("speech", [None, {"path": "a.wav", "bytes": None}], Audio()),
+    ],
+)
+def test_tokenize_pairs_refuses_images_video_and_audio(tokenizer, column, values, feature):
+    """The files are not there: they are not even opened. Columns that are empty in all records do no harm."""
+    features = Features({key: Value("string") for key in GOOD} | {column: feature})
+    rows = pa.Table.from_pylist([{**GOOD, column: value} for value in values])
+    dataset = Dataset(rows).cast(features)
+    with pytest.raises(ValueError, match=f"has {column} in a column: this trainer is for text"):
+        tokenize_pairs(dataset, tokenizer)
+    empty = tokenize_pairs(dataset.select([0]), tokenizer)
+    assert empty.to_list() == tokenize([GOOD], tokenizer).to_list()
+
+
+def test_tokenize_pairs_warns_of_prompts_repeated_in_all_records(tokenizer, caplog):
+    repeated = pair("Q: a?\n", "Q: a?\nb", "Q: a?\nc")
+    (row,) = tokenize([repeated], tokenizer)
+    assert "In all records of the train data set chosen and rejected begin with the prompt" in caplog.text
+    assert tokenizer.decode(row["chosen_ids"]) == "Q: a?\nb</s>"  # it may be meant
+    caplog.clear()
+    tokenize([repeated, GOOD], tokenizer)
+    tokenize([{key: repeated[key] for key in ("chosen", "rejected")}], tokenizer)
+    assert caplog.text == ""
+
+
+def test_tokenize_pairs_says_that_a_process_was_killed(tokenizer, monkeypatch):
+    parent = os.getpid()
+
+    def die(record):
+        assert os.getpid() != parent
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(data.forms, "from_strings", die)
+    with pytest.raises(ChildProcessError, match=r"dataset_num_proc=2 was killed; .* give a smaller dataset_num_proc"):
+        tokenize([GOOD] * 4, tokenizer, num_proc=2)
 
 
 def test_tokenize_pairs_refuses_what_is_no_dataset(tokenizer):

@@ -2,13 +2,14 @@
 
 import gzip
 import json
+import os
 
 import datasets
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from hdpo_train import records
-from hdpo_train.records import load_records
+from hdpo_train.records import load_records, training_split
 
 PAIRS = [
     {"prompt": "Q: two?\n", "chosen": "Yes.", "rejected": "No."},
@@ -41,6 +42,9 @@ def write(path, text):
         ("lines.json", "\n".join(LINES)),
         ("a.json.gz", json.dumps(PAIRS)),
         ("odd [1] * name.jsonl", "\n".join(LINES)),
+        ("crlf.jsonl", "\r\n".join(LINES) + "\r\n"),
+        ("mark.jsonl", "\ufeff" + "\n".join(LINES)),
+        ("mark.json", "\ufeff\n" + json.dumps(PAIRS)),
     ],
 )
 def test_load_records_reads_json(tmp_path, name, text):
@@ -52,9 +56,69 @@ def test_load_records_reads_parquet(tmp_path):
     assert load_records(str(tmp_path / "a.parquet")).to_list() == PAIRS
 
 
-def test_load_records_sees_that_a_file_changed(tmp_path):
-    assert len(load_records(write(tmp_path / "a.jsonl", "\n".join(LINES)))) == 2
-    assert len(load_records(write(tmp_path / "a.jsonl", LINES[1]))) == 1
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "folder/a.jsonl", "folder/a.parquet"])
+def test_load_records_sees_new_contents_with_the_same_time_and_size(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    source = str(path if path.parent == tmp_path else path.parent)
+    for pair in (PAIRS[0], {**PAIRS[0], "chosen": "Yep."}, PAIRS[0]):
+        dataset = Dataset.from_list([pair])
+        dataset.to_parquet(path) if path.suffix == ".parquet" else dataset.to_json(path)
+        os.utime(path, ns=(10**18, 10**18))
+        assert load_records(source).to_list() == [pair]
+
+
+def test_load_records_reads_the_same_contents_from_its_cache(tmp_path, monkeypatch):
+    first = load_records(write(tmp_path / "a.jsonl", "\n".join(LINES)))
+    monkeypatch.setattr(records, "_write", lambda *args: pytest.fail("read again"))
+    again = load_records(write(tmp_path / "moved.jsonl", "\n".join(LINES)))
+    assert again.to_list() == PAIRS and again.cache_files == first.cache_files
+    assert again._fingerprint == first._fingerprint  # what is computed from it is found again too
+
+
+def test_load_records_keeps_values_of_every_type(tmp_path):
+    rows = [
+        {"a": "42", "b": 1, "c": 1.5, "d": True, "e": ["null", None], "f": None, "g": {"x": None}},
+        {"a": [{"k": 1}], "b": 2**70, "c": 2, "d": None, "e": "[1]", "f": "Naïve ☃", "g": {}},
+    ]
+    dataset = load_records(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
+    text = dataset.with_format("arrow")[:].to_pylist()  # big numbers are beyond what datasets decodes
+    as_json = [{key: json.loads(row[key]) if row[key] else None for key in "abceg"} for row in text]
+    assert as_json == [{key: row[key] for key in "abceg"} for row in rows]
+    assert dataset["a"][:] == ["42", [{"k": 1}]] and dataset["d"][:] == [True, None] and dataset["f"][1] == rows[1]["f"]
+
+
+def test_load_records_takes_columns_that_only_later_lines_have(tmp_path):
+    lines = [json.dumps({"chosen": "a"})] * 2000 + [json.dumps({"prompt": "x", "score": float("nan")})]
+    dataset = load_records(write(tmp_path / "a.jsonl", "\n".join(lines)))
+    assert dataset[0] == {"chosen": "a", "prompt": None, "score": None}
+    assert dataset[2000]["prompt"] == "x" and dataset[2000]["score"] != dataset[2000]["score"]
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_load_records_reads_what_save_to_disk_wrote(tmp_path, as_dict):
+    dataset = Dataset.from_list(PAIRS)
+    saved = DatasetDict({"train": dataset, "test": dataset.select([1])}) if as_dict else dataset
+    saved.save_to_disk(tmp_path / "saved")
+    assert load_records(str(tmp_path / "saved")).to_list() == PAIRS
+    assert load_records(str(tmp_path / "saved"), split="train[1:]").to_list() == PAIRS[1:]
+    if as_dict:
+        assert load_records(str(tmp_path / "saved"), split="test").to_list() == PAIRS[1:]
+        next((tmp_path / "saved" / "train").glob("*.arrow")).unlink()
+        with pytest.raises(ValueError, match=r"saved cannot be loaded: .*\.arrow"):
+            load_records(str(tmp_path / "saved"))
+    else:
+        with pytest.raises(ValueError, match=r"saved has no split 'test'.*it has train"):
+            load_records(str(tmp_path / "saved"), split="test")
+
+
+def test_training_split_of_a_dict(caplog):
+    train, test = Dataset.from_list(PAIRS), Dataset.from_list(PAIRS[1:])
+    assert training_split(train) is train
+    assert training_split(DatasetDict({"test": test, "train": train})) is train
+    assert 'splits test, train: "train" is trained on' in caplog.text
+    with pytest.raises(ValueError, match=r"splits test, validation: .*train_dataset=dataset\['test'\]"):
+        training_split(DatasetDict({"test": test, "validation": train}))
 
 
 def test_load_records_takes_a_slice(tmp_path):
@@ -68,6 +132,15 @@ def test_load_records_reads_a_folder_by_split(tmp_path):
     write(folder / "LICENSE", "not a record")
     assert load_records(str(folder)).to_list() == PAIRS[:1]
     assert load_records(str(folder), split="test").to_list() == PAIRS[1:]
+    assert load_records(str(folder), split="train+test[:1]").to_list() == PAIRS
+
+
+def test_load_records_names_files_of_a_folder_that_it_does_not_read(tmp_path, caplog):
+    write(tmp_path / "folder" / "a.jsonl", LINES[0])
+    write(tmp_path / "folder" / "b.jsonl", LINES[1])
+    Dataset.from_list(PAIRS).to_parquet(tmp_path / "folder" / "c.parquet")
+    assert load_records(str(tmp_path / "folder")).to_list() == PAIRS
+    assert "folder: not read are c.parquet" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -83,6 +156,12 @@ def test_load_records_reads_a_folder_by_split(tmp_path):
         ("a.jsonl", "", r"a\.jsonl is empty"),
         ("a.jsonl", "\n \n", r"a\.jsonl is empty"),
         ("a.jsonl.gz", "", r"a\.jsonl\.gz is empty"),
+        ("a.jsonl", LINES[0] + ",\n" + LINES[1], r'line 1: malformed JSON \(Extra data\) near .*"No\."},'),
+        ("a.jsonl", LINES[0] + '\n{"prompt": "a", "prompt": "b"}', r"line 2: .*the key 'prompt' is there twice"),
+        ("a.jsonl", LINES[0] + "\nnull", r"line 2: a record is an object.*this is null"),
+        ("a.jsonl", LINES[0] + '\n{"a": ' + "[" * 300 + "]" * 300 + "}", "line 2: .*nested too deeply, more than 200"),
+        ("a.jsonl", LINES[0] + '\n{"a": ' + '{"a":' * 10**5 + "1" + "}" * 10**5 + "}", "line 2: .*nested too deeply"),
+        ("a.json", "[" + LINES[0] + ", 5]", r"a\.json, record 2: a record is an object.*this is 5"),
         ("a.csv", "prompt,chosen,rejected\n", r"a\.csv: .*\.jsonl, .*\.parquet"),
     ],
 )
@@ -96,6 +175,36 @@ def test_load_records_names_the_bad_file_of_a_folder(tmp_path):
     write(tmp_path / "folder" / "b.jsonl", LINES[0] + "\n{oops")
     with pytest.raises(ValueError, match=r"b\.jsonl, line 2"):
         load_records(str(tmp_path / "folder"))
+
+
+ENCODED = LINES[0].encode() + b"\n" + json.dumps(PAIRS[1], ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", ENCODED.replace("ï".encode(), b"\xef"), r"a\.jsonl, line 2: the byte 0xef is not UTF-8"),
+        (
+            "a.json",
+            b"[\n" + ENCODED.replace(b"\n", b",\n").replace("ï".encode(), b"\xef") + b"]",
+            "line 3: the byte 0xef",
+        ),
+        ("a.jsonl", "\n".join(LINES).encode("utf-16"), "line 1: the byte 0xff is not UTF-8; save the file as UTF-8"),
+        ("a.jsonl.gz", gzip.compress(ENCODED * 100)[:-20], r"a\.jsonl\.gz cannot be read: Compressed file ended"),
+        ("a.jsonl.gz", gzip.compress(os.urandom(99))[:20] + bytes(99), r"a\.jsonl\.gz cannot be read"),
+    ],
+)
+def test_load_records_names_a_file_of_other_bytes(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_records(str(tmp_path / name))
+
+
+def test_load_records_tells_gzip_by_its_bytes(tmp_path):
+    (tmp_path / "packed.jsonl").write_bytes(gzip.compress(ENCODED))
+    (tmp_path / "plain.jsonl.gz").write_bytes(ENCODED)
+    for name in ("packed.jsonl", "plain.jsonl.gz"):
+        assert load_records(str(tmp_path / name)).to_list() == PAIRS
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet"])
