@@ -252,7 +252,7 @@ def _records_of(file: BinaryIO, path: Path) -> Iterator[dict[str, Any]]:
                 yield _checked(record, f"{path}, record {at}")
             return
         is_first = False
-        yield _checked(_parsed(line, path, number), f"{path}, line {number}")
+        yield _checked(_parsed(line.rstrip(), path, number), f"{path}, line {number}")
 
 
 def _checked(record: Any, where: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The command line, in this process: flags, YAML, resuming, and messages a person can act on."""
 
 import gzip
+import io
 import json
 from pathlib import Path
 
@@ -194,3 +195,11 @@ def test_main_interrupted_says_where_the_run_stands(folder, capsys, monkeypatch)
     assert last == (
         f"hdpo-train: interrupted at step 3 of 4; {whole} is whole: --resume_from_checkpoint true goes on from it"
     )
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_main_goes_on_where_stdout_has_no_greek(encoding, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding, write_through=True))
+    main(["--help"])
+    assert rb"several \u03b1 and seeds" in written.getvalue()

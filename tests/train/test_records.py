@@ -190,8 +190,12 @@ ENCODED = LINES[0].encode() + b"\n" + json.dumps(PAIRS[1], ensure_ascii=False).e
             "line 3: the byte 0xef",
         ),
         ("a.jsonl", "\n".join(LINES).encode("utf-16"), "line 1: the byte 0xff is not UTF-8; save the file as UTF-8"),
-        ("a.jsonl.gz", gzip.compress(ENCODED * 100)[:-20], r"a\.jsonl\.gz cannot be read: Compressed file ended"),
-        ("a.jsonl.gz", gzip.compress(os.urandom(99))[:20] + bytes(99), r"a\.jsonl\.gz cannot be read"),
+        (
+            "a.jsonl.gz",
+            gzip.compress((ENCODED + b"\n") * 100)[:-20],
+            r"a\.jsonl\.gz cannot be read: Compressed file ended",
+        ),
+        ("a.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 20, r"a\.jsonl\.gz cannot be read"),
     ],
 )
 def test_load_records_names_a_file_of_other_bytes(tmp_path, name, content, message):

@@ -2,12 +2,14 @@
 
 import json
 import logging
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hdpo_kernels import naive
@@ -491,3 +493,18 @@ def test_metrics_file_survives_a_cut_last_line(tokenizer, config):
 def test_config_defaults_are_safe():
     args = HDPOConfig(output_dir="x", use_cpu=True)
     assert args.bf16 is False and args.logging_nan_inf_filter is False and args.alpha == 1.0
+
+
+def killed_in_a_worker(examples):
+    assert torch.utils.data.get_worker_info() is not None
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_train_takes_the_split_of_a_dict_and_says_that_a_worker_was_killed(tokenizer, config):
+    splits = DatasetDict({"test": Dataset.from_list(make_records(2)), "train": Dataset.from_list(make_records(8))})
+    args = config(dataloader_num_workers=1)
+    trainer = HDPOTrainer(make_model(), args=args, train_dataset=splits, processing_class=tokenizer)
+    assert len(trainer.train_dataset) == 8
+    trainer.data_collator = killed_in_a_worker
+    with pytest.raises(ChildProcessError, match="dataloader_num_workers=1 was killed"):
+        trainer.train()
