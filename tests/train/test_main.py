@@ -201,5 +201,7 @@ def test_main_interrupted_says_where_the_run_stands(folder, capsys, monkeypatch)
 def test_main_goes_on_where_stdout_has_no_greek(encoding, monkeypatch):
     written = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding, write_through=True))
-    main(["--help"])
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
     assert rb"several \u03b1 and seeds" in written.getvalue()
