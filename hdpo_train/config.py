@@ -1,7 +1,5 @@
 """What a run can be told: HDPOConfig for the trainer, ScriptArguments for what only the command line needs."""
 
-import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,6 +9,8 @@ from transformers import TrainingArguments
 from hdpo_kernels.checks import GRADIENTS, check_gradient
 from hdpo_kernels.pair import LOSS_TYPES, PairOptions
 from hdpo_train.alpha import SCHEDULES, Target
+from hdpo_train.inherited import check_options, check_ranges
+from hdpo_train.ranks import check_dataloading
 
 
 @dataclass
@@ -162,14 +162,15 @@ class HDPOConfig(TrainingArguments):
         if self.bf16 is None:
             cuda = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = cuda and not self.fp16 and torch.cuda.is_bf16_supported()
+        check_ranges(self)
         super().__post_init__()
+        check_options(self)
+        check_dataloading(self.accelerator_config, self.world_size)  # type: ignore[arg-type]
         self.pair_options  # noqa: B018 - raises for values out of range
         self._check_alpha()
         check_gradient(self.gradient, self.epsilon)
         if self.on_bad_record not in ("stop", "drop"):
             raise ValueError(f"on_bad_record must be 'stop' or 'drop', got {self.on_bad_record!r}")
-        if self.label_smoothing_factor:
-            raise ValueError("label_smoothing_factor smooths token labels; for flipped preferences use label_smoothing")
         liger = self.liger_kernel_config if isinstance(self.liger_kernel_config, dict) else {}
         if self.use_liger_kernel and liger.get("fused_linear_cross_entropy") is not False:
             raise ValueError(
@@ -192,11 +193,6 @@ class HDPOConfig(TrainingArguments):
                     )
             if self.auto_find_batch_size:
                 raise ValueError("auto_find_batch_size does not lower max_tokens_per_batch; leave out one of the two")
-        lengths = ("max_length", "max_prompt_length", "max_tokens_per_batch")
-        for name in (*lengths, "chunk_bytes", "precompute_ref_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be positive or None, got {value}")
 
     def _check_alpha(self) -> None:
         if self.alpha_schedule not in SCHEDULES:
@@ -206,21 +202,16 @@ class HDPOConfig(TrainingArguments):
                 f"alpha_final is where a linear or cosine alpha_schedule ends, got alpha_schedule="
                 f"{self.alpha_schedule!r} and alpha_final={self.alpha_final}"
             )
-        if self.alpha_final is not None:
-            dataclasses.replace(self.pair_options, alpha=self.alpha_final)  # raises for a value out of range
         if self.target_entropy is None:
             return
         Target.parse(self.target_entropy)
         if self.alpha_schedule != "constant":
             raise ValueError("target_entropy sets alpha itself: leave out alpha_schedule and alpha_final")
-        if not 0 < self.alpha_min <= self.alpha <= self.alpha_max < math.inf:
+        if not self.alpha_min <= self.alpha <= self.alpha_max:
             raise ValueError(
-                f"0 < alpha_min <= alpha <= alpha_max is needed with target_entropy, got {self.alpha_min}, "
+                f"alpha_min <= alpha <= alpha_max is needed with target_entropy, got {self.alpha_min}, "
                 f"{self.alpha} and {self.alpha_max}"
             )
-        for name in ("entropy_steps", "entropy_prompts"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
     @property
     def pair_options(self) -> PairOptions:

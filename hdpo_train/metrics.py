@@ -18,6 +18,9 @@ _SUMS = (
 )  # fmt: skip
 
 
+METRICS = (*_SUMS[1:9], "entropy", "entropy/chosen", "entropy/rejected")  # of an evaluation
+
+
 def batch_sums(result: HDPOLoss, inputs: dict[str, Any], alpha: float, beta: float) -> Tensor:
     """One vector on the loss's device, one entry for each of _SUMS. inputs: a batch of `PairCollator`."""
     assert result.entropy is not None

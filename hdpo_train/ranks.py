@@ -14,20 +14,24 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 T = TypeVar("T")
 
 
-def check_dataloading(accelerator: Accelerator) -> None:
+def check_dataloading(config: AcceleratorConfig, processes: int) -> None:
     """Raises ValueError for options of accelerator_config under which ranks would hang or pairs be torn apart."""
-    if accelerator.num_processes == 1:
-        return
-    if not accelerator.even_batches:
+    if config.split_batches:
+        raise ValueError(
+            "accelerator_config split_batches=True shares per_device_train_batch_size out among the ranks; leave it "
+            "out: that is the pairs of each rank"
+        )
+    if processes > 1 and not config.even_batches:
         raise ValueError(
             "accelerator_config even_batches=False gives ranks different numbers of batches, so that they wait for "
             "each other for ever; leave it out: pairs that fill up the last batches are not counted"
         )
-    if accelerator.dispatch_batches:
+    if config.dispatch_batches:
         raise ValueError(
             "accelerator_config dispatch_batches=True cuts one batch into the ranks' shares, which packed pairs do not "
             "allow; leave it out: every rank reads its own"

@@ -20,13 +20,13 @@ from hdpo_train.config import HDPOConfig
 from hdpo_train.data import PairCollator, pair_tokens, tokenize_pairs
 from hdpo_train.generate import own_entropy
 from hdpo_train.head import attach_loss, bare, head_of, whole_shape
+from hdpo_train.inherited import check_arguments, check_best_metric, check_optimizer
 from hdpo_train.metrics import batch_sums, finite, means
 from hdpo_train.models import add_adapter, disable_dropout, load_model, load_tokenizer
 from hdpo_train.output_dir import refuse_base_model
 from hdpo_train.packing import find_layout
 from hdpo_train.ranks import (
     OwnRandomNumbers,
-    check_dataloading,
     gathered,
     keep_output_dtype,
     own_pairs,
@@ -85,8 +85,8 @@ class HDPOTrainer(ResumableTrainer):
             raise TypeError(f"args must be an HDPOConfig, got {type(args).__name__}")
         if train_dataset is None and eval_dataset is None:
             raise ValueError("neither train_dataset nor eval_dataset given")
-        if trainer_kwargs.get("compute_metrics") is not None:
-            raise ValueError("compute_metrics needs logits, which this trainer never holds; use a callback instead")
+        check_arguments(trainer_kwargs)
+        check_best_metric(args.metric_for_best_model, bool(callbacks))
         if ref_model is not None and ref_model is model:
             raise ValueError("ref_model is the model itself; leave it out to use the policy as it is now as reference")
         name = model if isinstance(model, str) else bare(model).config._name_or_path
@@ -96,6 +96,8 @@ class HDPOTrainer(ResumableTrainer):
         policy: Any = load_model(model, args.model_init_kwargs) if isinstance(model, str) else model  # type: ignore[arg-type]
         if peft_config is not None:
             policy = add_adapter(policy, peft_config)
+        if optimizers[0] is None and not trainer_kwargs.get("optimizer_cls_and_kwargs"):
+            check_optimizer(args, policy)
         reference: Any = policy if ref_model is None else ref_model
         models: list[Any] = [policy] if reference is policy else [policy, reference]
         vocab = min(whole_shape(head_of(bare(each)).weight)[0] for each in models)
@@ -132,7 +134,6 @@ class HDPOTrainer(ResumableTrainer):
                 f"{self.args.n_gpu} GPUs in one process would be nn.DataParallel, which cannot split packed pairs: "
                 "start one process per GPU (accelerate launch -m hdpo_train, or torchrun), or set CUDA_VISIBLE_DEVICES"
             )
-        check_dataloading(self.accelerator)
         keep_output_dtype(self.accelerator)
         if args.gradient == "sampled" and self.accelerator.num_processes > 1:
             self.add_callback(OwnRandomNumbers(self.accelerator, args.seed))

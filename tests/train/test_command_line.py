@@ -115,9 +115,9 @@ def test_options_of_a_file_are_read_as_they_are_written(tmp_path):
 
 def test_options_take_none_and_bare_flags():
     options = ["--use_cpu", "--max_length", "None", "--packing", "--run_name", "None", "--resume_from_checkpoint"]
-    _, args = parse_options([*options, "--liger_kernel_config", '{"rope": false}', "--optim_target_modules", "all"])
+    _, args = parse_options([*options, "--model_init_kwargs", '{"rope": false}', "--optim_target_modules", "all"])
     assert args.max_length is None and args.run_name is None and args.packing is True
-    assert args.resume_from_checkpoint == "true" and args.liger_kernel_config == {"rope": False}
+    assert args.resume_from_checkpoint == "true" and args.model_init_kwargs == {"rope": False}
     assert args.optim_target_modules == "all"  # not ["all"]: for some options a word is more than a list of one
     assert parse_options(["--use_cpu", "--packing", "None"])[1].packing is None
 

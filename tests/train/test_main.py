@@ -130,8 +130,8 @@ def test_main_names_the_line_of_malformed_json(folder, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"alpha": 0}, "alpha must be a positive number, got 0.0"),
-        ({"beta": -1}, "beta must be a positive number, got -1.0"),
+        ({"alpha": 0}, "alpha must be from 1e-9 to 1e9 (what fp32 can hold), got 0.0"),
+        ({"beta": -1}, "beta must be from 1e-9 to 1e9 (what fp32 can hold), got -1.0"),
         ({"gradient": "sampled", "epsilon": 0.001}, "epsilon >= 0.00336"),
         ({"gradient": "sampled", "epsilon": 2}, "epsilon must be in (0, 0.5], got 2.0"),
         ({"dataset_name": "/nowhere/pairs.jsonl"}, "/nowhere/pairs.jsonl"),

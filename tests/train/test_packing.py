@@ -400,7 +400,7 @@ def test_train_starts_at_zero_rewards_in_every_layout(options, tokenizer, config
     ("options", "message"),
     [
         ({"packing": False, "shared_prompt": True}, "leave out packing=False"),
-        ({"max_tokens_per_batch": 0}, "max_tokens_per_batch must be positive or None, got 0"),
+        ({"max_tokens_per_batch": 0}, "max_tokens_per_batch must be a positive whole number or None, got 0"),
         ({"max_tokens_per_batch": 9, "train_sampling_strategy": "sequential"}, "leave out train_sampling_strategy"),
         ({"max_tokens_per_batch": 9, "dataloader_drop_last": True}, "leave out dataloader_drop_last"),
         ({"max_tokens_per_batch": 9, "auto_find_batch_size": True}, "leave out one of the two"),

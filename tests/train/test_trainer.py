@@ -414,7 +414,7 @@ def test_init_does_not_take_one_adapters_cache_for_anothers(tokenizer, config):
 
 
 def test_init_refuses_what_it_would_have_to_ignore(tokenizer, config):
-    with pytest.raises(ValueError, match="compute_metrics needs logits"):
+    with pytest.raises(ValueError, match="compute_metrics has no place here: no logits"):
         make_trainer(config(), tokenizer, compute_metrics=lambda prediction: {})
     with pytest.raises(ValueError, match="fused_linear_cross_entropy"):
         config(use_liger_kernel=True)
@@ -423,8 +423,8 @@ def test_init_refuses_what_it_would_have_to_ignore(tokenizer, config):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"alpha": 0.0}, "alpha must be a positive number, got 0.0"),
-        ({"beta": -0.1}, "beta must be a positive number, got -0.1"),
+        ({"alpha": 0.0}, "alpha must be from 1e-9 to 1e9 .*, got 0.0"),
+        ({"beta": -0.1}, "beta must be from 1e-9 to 1e9 .*, got -0.1"),
         ({"loss_type": "dpo"}, "loss_type must be one of sigmoid, hinge, ipo; got 'dpo'"),
         ({"label_smoothing": 0.5}, r"in \[0, 0.5\); got 0.5"),
         ({"label_smoothing_factor": 0.1}, "use label_smoothing"),
@@ -432,7 +432,7 @@ def test_init_refuses_what_it_would_have_to_ignore(tokenizer, config):
         ({"gradient": "filtered"}, "gradient must be 'exact' or 'sampled', got 'filtered'"),
         ({"gradient": "sampled", "epsilon": 0.0}, r"epsilon must be in \(0, 0.5\], got 0.0"),
         ({"gradient": "sampled", "epsilon": 0.6}, r"epsilon must be in \(0, 0.5\], got 0.6"),
-        ({"max_length": 0}, "max_length must be positive or None, got 0"),
+        ({"max_length": 0}, "max_length must be a positive whole number or None, got 0"),
     ],
 )
 def test_config_refuses_values_out_of_range(options, message, config):
