@@ -20,6 +20,7 @@ from hdpo_train.eval_report import draw, drawn, markdown
 from hdpo_train.evaluate import EvalOptions, grade, judge
 from hdpo_train.files import write_whole
 from hdpo_train.generate import Sampler, files_fingerprint
+from hdpo_train.lock import locked
 from hdpo_train.models import load_model, load_tokenizer
 from hdpo_train.records import load_records
 from hdpo_train.samples import Sample, read_samples
@@ -50,8 +51,12 @@ HumanEval's columns (with --run_code only)."""
 def main(argv: list[str]) -> None:
     options = _parser().parse(argv)
     logging.disable_progress_bar()
+    with locked(options.output_dir):  # two at once would tear each other's samples
+        _evaluate(options, Path(options.output_dir))
+
+
+def _evaluate(options: argparse.Namespace, folder: Path) -> None:
     evaluations = run(options)
-    folder = Path(options.output_dir)
     text = json.dumps([as_json(each) for each in evaluations], indent=2, ensure_ascii=False)
     table = markdown(evaluations)
     write_whole(folder / RESULTS_FILE, text + "\n")

@@ -1,5 +1,6 @@
-"""Files that are whole or not there, and sizes to read."""
+"""Files that are whole or not there, what is in them, and sizes to read."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -16,6 +17,18 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(partial, path)
     except OSError as error:
         raise OSError(error.errno, f"{path} could not be written: {error.strerror}") from error
+
+
+def contents_digest(path: Path) -> str:
+    """Short SHA-256 over the bytes of a file, or of all files of a folder; their times do not count."""
+    sha = hashlib.sha256()
+    for each in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if each.is_file():
+            sha.update(str(each.relative_to(path)).encode())
+            with each.open("rb") as file:
+                while block := file.read(2**24):
+                    sha.update(block)
+    return sha.hexdigest()[:12]
 
 
 def readable(size: float) -> str:

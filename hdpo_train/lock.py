@@ -6,12 +6,12 @@ who is there, and is deleted when the folder is free. One that a killed process 
 """
 
 import atexit
+import contextlib
 import errno
 import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from transformers.utils import logging
@@ -26,6 +26,7 @@ LOCK_FILE = "_lock"  # with an underscore: Trainer.push_to_hub leaves it out
 _TAKEN = (errno.EACCES, errno.EAGAIN)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # what file systems without locks answer
 _held: dict[Path, int] = {}  # file descriptors
+_made: set[Path] = set()  # folders that were not there before
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_held.clear)  # the lock is the parent's
 
@@ -39,7 +40,9 @@ def lock(folder: str | Path) -> None:
     path = Path(folder).resolve() / LOCK_FILE
     if path in _held:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _made.add(path.parent)
     if fcntl is None:
         logger.warning_once("this platform has no file locks: see to it that no two runs write to one folder")
         return
@@ -71,11 +74,14 @@ def lock(folder: str | Path) -> None:
 
 
 def unlock(folder: str | Path) -> None:
-    """Let other processes have the folder; nothing happens if this one does not hold it."""
+    """Let other processes have the folder; nothing happens if this one does not hold it.
+
+    A folder that `lock` has made and nothing was written to goes too: a run that is refused leaves nothing.
+    """
     _release(Path(folder).resolve() / LOCK_FILE)
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
     """`lock`, then `unlock`."""
     lock(folder)
@@ -89,6 +95,10 @@ def _release(path: Path) -> None:
     if path in _held:
         path.unlink(missing_ok=True)  # first: nobody else can have locked this file yet
         os.close(_held.pop(path))
+    if path.parent in _made:
+        _made.discard(path.parent)
+        with contextlib.suppress(OSError):  # it is not empty, or has been moved
+            path.parent.rmdir()
 
 
 @atexit.register

@@ -34,6 +34,8 @@ from hdpo_train.command_line import Parser, UsageError, check_output_dir
 from hdpo_train.config import HDPOConfig, ScriptArguments
 from hdpo_train.eval_cli import DEFAULT_K, load_problems
 from hdpo_train.evaluate import EvalOptions, evaluate, judge
+from hdpo_train.files import contents_digest, write_whole
+from hdpo_train.lock import LOCK_FILE, locked
 from hdpo_train.models import load_model, load_tokenizer
 from hdpo_train.options import TrainingParser, parse_options, with_file
 from hdpo_train.scores import Evaluation
@@ -106,7 +108,11 @@ class OwnModel:
 
     def settings(self) -> dict[str, Any]:
         names = {"model": "model_name_or_path", "pairs": "dataset_name", "prompts": "prompts", "spec": "checker"}
-        return {option: getattr(self, name) for name, option in names.items()}
+        given = {option: getattr(self, name) for name, option in names.items()}
+        files = {**given, "checker": self.spec.rpartition(":")[0]}  # file.py:function
+        there = {option: Path(name).expanduser() for option, name in files.items() if name}
+        contents = {f"contents of {option}": contents_digest(p) for option, p in there.items() if p.exists()}
+        return {**given, **contents}
 
     def base(self, folder: Path, seed: int) -> Base:
         return Base(self.model, self.pairs, self.problems)
@@ -187,10 +193,15 @@ def sweep(folder: Path, source: Source, plan: Plan) -> Sweep:
     """All runs that are not in the folder yet, and the report of all that are. α = 1 is always among them.
 
     Raises ValueError, naming the options, if the folder holds a sweep of other settings, FileExistsError if it holds
-    something else, and FloatingPointError, naming the run, if one diverges.
+    something else or another process has it, and FloatingPointError, naming the run, if one diverges.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("a sweep runs in one process: start it without accelerate launch or torchrun")
+    with locked(folder):
+        return _sweep(folder, source, plan)
+
+
+def _sweep(folder: Path, source: Source, plan: Plan) -> Sweep:
     plan = _claim(folder, source, plan)
     models: list[tuple[float | None, int]] = []  # (α, seed); without α: the model before training
     for seed in range(plan.seeds):
@@ -327,16 +338,14 @@ def _claim(folder: Path, source: Source, plan: Plan) -> Plan:
         if different:
             raise ValueError(
                 f"{folder} holds a sweep with {'; '.join(different)}: give that as it was, or choose another "
-                "--output_dir"
+                "--output_dir for a sweep of its own"
             )
         plan = replace(plan, alphas=(*plan.alphas, *found["alphas"]), seeds=max(plan.seeds, found["seeds"]))
-    elif folder.exists() and any(folder.iterdir()):
+    elif any(found.name != LOCK_FILE for found in folder.iterdir()):
         raise FileExistsError(f"{folder} holds something that is not a sweep: choose another --output_dir")
     plan = replace(plan, alphas=tuple(sorted({1.0, *plan.alphas})))
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"alphas": plan.alphas, "seeds": plan.seeds, "settings": settings}, indent=2, ensure_ascii=False)
-    _partial(path).write_text(text + "\n", encoding="utf-8")
-    os.replace(_partial(path), path)
+    write_whole(path, text + "\n")
     return plan
 
 

@@ -50,8 +50,10 @@ def test_lock_may_be_taken_again_by_its_process_and_is_free_after_unlock(tmp_pat
     try_it = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
     command = [sys.executable, "-c", try_it, str(tmp_path / LOCK_FILE)]
     assert "BlockingIOError" in subprocess.run(command, capture_output=True, text=True).stderr
-    unlock(tmp_path)
-    unlock(tmp_path)
+    for folder in (tmp_path, tmp_path, tmp_path / "new"):
+        lock(tmp_path / "new")
+        unlock(folder)
+    assert list(tmp_path.iterdir()) == []  # nothing was written there
     assert subprocess.run(command).returncode == 0
 
 

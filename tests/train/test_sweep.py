@@ -1,8 +1,10 @@
 """A sweep at a tiny size: what is there isn't repeated, what was killed is redone, and the report of known figures."""
 
 import json
+import os
 import random
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from hdpo_train import quickstart, sweep_report
 from hdpo_train.__main__ import main
 from hdpo_train.evaluate import EvalOptions
+from hdpo_train.lock import LOCK_FILE
 from hdpo_train.report import read_metrics
 from hdpo_train.scores import Estimate, Evaluation, Scores
 from hdpo_train.sweep import Plan, TaskModel, _Job, sweep, words
@@ -151,6 +154,34 @@ def test_sweep_goes_on_with_a_killed_run(inputs, tmp_path, jobs, monkeypatch, ca
     steps = [line["step"] for line in read_metrics(folder / "alpha-1" / "seed-0") if "loss" in line]
     assert steps == [1, 2] if save_steps == 1 else steps == [2]
     assert not (folder / "alpha-1" / "seed-0.partial").exists()
+
+
+@pytest.mark.parametrize(("name", "option"), [("pairs", "dataset_name"), ("prompts", "prompts")])
+def test_sweep_refuses_pairs_and_prompts_that_have_changed_at_the_same_time_and_size(
+    name, option, inputs, swept, capsys
+):
+    path = inputs / f"{name}.jsonl"
+    text, times = path.read_text(), path.stat()
+    try:
+        path.write_text(text.replace("Say", "say"))
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        message = refused(arguments(inputs, swept), capsys)
+    finally:
+        path.write_text(text)
+    assert message.count("contents of") == 2 and f"this call has contents of {option} = " in message
+
+
+def test_sweep_and_eval_refuse_a_folder_that_another_process_has(inputs, tmp_path, capsys):
+    hold = (
+        "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('', flush=True); input()"
+    )
+    command = [sys.executable, "-c", hold, str(tmp_path / LOCK_FILE)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        other.stdout.readline()
+        assert "in use by another process" in refused(arguments(inputs, tmp_path), capsys)
+        words = ["eval", "--prompts", "p.jsonl", "--checker", "gsm8k", "--samples", "s.jsonl", "--output_dir"]
+        assert "in use by another process" in refused([*words, str(tmp_path)], capsys)
+        other.communicate("\n")
 
 
 def test_sweep_refuses_other_settings_and_names_them(inputs, swept, capsys):
