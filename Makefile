@@ -2,12 +2,13 @@
 # make test   set up, then every test that needs no GPU
 # make check  set up, then ruff and mypy
 # make bench  set up, then the benchmarks of this machine, and the README's tables from them
+# make gpu    set up, then what only a GPU can show, within 10 minutes: correctness, time, memory; ARGS=--minutes=20
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test check bench
+.PHONY: setup demo test check bench gpu
 setup: $(READY)
 
 # torch first and pinned exactly: resolved together with the rest, pip may download several builds of it.
@@ -31,3 +32,6 @@ check: setup
 bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)
 	$(BIN)/python -m benchmarks.report
+
+gpu: setup
+	$(BIN)/python -m benchmarks.gpu $(ARGS)

@@ -29,13 +29,13 @@ QUESTIONS = {
 }
 # Seconds of a question's first shape on a GPU that nobody has measured on: estimates. Later shapes are judged by it.
 ESTIMATES = {
-    "loss": 90.0,
-    "forward": 45.0,
-    "memory": 60.0,
-    "accuracy": 30.0,
-    "train_step": 100.0,
-    "sampled": 80.0,
-    "longest": 300.0,
+    "loss": 75.0,
+    "forward": 40.0,
+    "memory": 40.0,
+    "accuracy": 20.0,
+    "train_step": 60.0,
+    "sampled": 55.0,
+    "longest": 200.0,
 }
 
 
