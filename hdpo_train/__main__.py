@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from hdpo_train.command_line import UsageError, did_you_mean, end, run_command
 from hdpo_train.config import HDPOConfig, ScriptArguments
 from hdpo_train.data import load_records
-from hdpo_train.models import add_adapter, load_model, load_tokenizer
+from hdpo_train.models import add_adapter, load_model, load_tokenizer, reading
 from hdpo_train.options import TrainingParser, is_file_of_options, parse_options
 from hdpo_train.report import METRICS_FILE, REPORT_FILE
 from hdpo_train.resuming import taken_output_dir
@@ -159,14 +159,16 @@ def plan(script: ScriptArguments, args: HDPOConfig) -> None:
 
     if script.model_name_or_path is None:
         raise ValueError("a plan needs --model_name_or_path; of the model only its config is read")
-    config = AutoConfig.from_pretrained(script.model_name_or_path, trust_remote_code=script.trust_remote_code)
+    with reading("config", script.model_name_or_path):
+        config = AutoConfig.from_pretrained(script.model_name_or_path, trust_remote_code=script.trust_remote_code)
     dtype = getattr(torch, script.dtype) if script.dtype != "auto" else getattr(config, "dtype", None)
     options: dict[str, Any] = {"dtype": dtype or torch.float32}
     if script.attn_implementation:
         options["attn_implementation"] = script.attn_implementation
 
     def build(config: Any) -> Any:
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=script.trust_remote_code, **options)
+        with reading("model", str(script.model_name_or_path)):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=script.trust_remote_code, **options)
         return add_adapter(model, _lora(script)) if script.use_peft else model
 
     try:

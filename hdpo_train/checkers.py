@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from hdpo_train.answers import chosen_letter, final_number
+from hdpo_train.command_line import did_you_mean
 from hdpo_train.programs import solution
 from hdpo_train.sandbox import Sandbox
 
@@ -87,9 +88,10 @@ def make_checker(
         return lambda problem, completion: sandbox.finishes(unit_test_program(problem, completion))
     if kind and rest and kind != "regex":
         return _function_checker(spec)
+    near = did_you_mean(kind, ["gsm8k", "choice", "regex", "unit_tests"])
     raise ValueError(
-        f"no such checker: {spec!r}; known are gsm8k, choice, regex:PATTERN, regex, unit_tests, and a function as "
-        f"path/to/file.py:function or package.module:function"
+        f"no such checker: {spec!r}{near}; known are gsm8k, choice, regex:PATTERN, regex, unit_tests, and a function "
+        "as path/to/file.py:function or package.module:function"
     )
 
 

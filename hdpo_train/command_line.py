@@ -48,8 +48,10 @@ class Parser(argparse.ArgumentParser):
             self.print_help()
             raise SystemExit(0)
         known = [*self._option_string_actions, *also]
-        for word in argv:
-            name = word.partition("=")[0]
+        for before, word in zip(["", *argv], argv, strict=False):
+            name, _, value = word.partition("=")
+            if not word or (word.startswith("--") and word.endswith("=") and not value):
+                raise UsageError(f"{name or before or 'an option'} is empty: give it a value, or leave it out")
             is_option = word.startswith("-") and len(word) > 1 and " " not in name
             if is_option and name not in known and not _NEGATIVE_NUMBER.fullmatch(word):
                 raise UsageError(f"no option {name}{did_you_mean(name, known)} ({self.prog} --help lists the options)")
@@ -73,8 +75,6 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def check_output_dir(name: str) -> Path:
     """The folder, which need not exist. Raises ValueError or OSError if nothing can be written there."""
-    if not name:
-        raise UsageError("--output_dir is empty: give the name of a folder")
     folder = Path(name)
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():

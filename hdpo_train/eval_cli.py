@@ -169,6 +169,8 @@ def _names(sources: Sequence[str], given: Sequence[str]) -> list[str]:
     if given and len(given) != len(sources):
         raise ValueError(f"--names gives {len(given)} names to {len(sources)} models and files of samples")
     names = list(given) or [re.sub(r"\.jsonl(\.gz)?$", "", Path(source).resolve().name) for source in sources]
+    if "" in names:
+        raise ValueError(f"a name is empty: --names gives {' '.join(map(repr, names))}")
     names = [re.sub(r"[^\w.-]", "_", name) for name in names]  # they become file names
     for number, name in enumerate(names):
         if name in names[:number]:

@@ -54,6 +54,8 @@ class SamplingOptions:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be a whole number from 0 on, got {self.seed}")
         if bad := [t for t in self.temperatures if not 0 <= t < math.inf]:
             raise ValueError(f"a temperature must be a number from 0 on, got {bad[0]}")
         if len(set(self.temperatures)) < len(self.temperatures):

@@ -1,7 +1,9 @@
 """Models and tokenizers: loaded by name, given an adapter, made quiet, set to evaluation mode for a while."""
 
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,17 +14,33 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 def load_model(name: str, init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:
     """AutoModelForCausalLM.from_pretrained, in fp32 unless init_kwargs say otherwise: at learning rates of preference
     training, bf16 weights round most updates away."""
-    return AutoModelForCausalLM.from_pretrained(name, **{"dtype": torch.float32, **(init_kwargs or {})})
+    with reading("model", name):
+        return AutoModelForCausalLM.from_pretrained(name, **{"dtype": torch.float32, **(init_kwargs or {})})
 
 
 def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
-    try:
+    with reading("tokenizer", name, "save one there (tokenizer.save_pretrained), or pass it as processing_class"):
         return AutoTokenizer.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"no tokenizer can be loaded from {name!r} ({error}); save one there (tokenizer.save_pretrained), "
-            "or pass it as processing_class"
-        ) from error
+
+
+@contextmanager
+def reading(what: str, name: str, way_out: str = "") -> Iterator[None]:
+    """Makes a ValueError that names the folder of whatever a library raises for files that it cannot make a model of.
+
+    Damaged files, and files of something else, end in errors of every type: of JSON, of safetensors, of tokenizers, of
+    a config's checks, of attributes that torch has not.
+    """
+    try:
+        yield
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise  # not of the files
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        reason = kind + textwrap.shorten(str(error), 600, placeholder=" …")
+        where = f"no {what} can be loaded from {name!r}"
+        if not Path(name).exists():
+            where, way_out = f"{name!r} is no folder here, and no {what} of that name could be had from the hub", ""
+        raise ValueError(f"{where} ({reason})" + (f"; {way_out}" if way_out else "")) from error
 
 
 def add_adapter(model: Any, peft_config: Any) -> Any:

@@ -8,8 +8,9 @@ import gzip
 import hashlib
 import json
 import math
+import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,7 +71,10 @@ class SamplesFile:
     def _parse(self, line: bytes, request: Request) -> Sample:
         try:
             sample = Sample(**json.loads(line))
-        except (ValueError, TypeError) as error:
+            _generated(sample._asdict())
+            if not isinstance(sample.completion, str):
+                raise ValueError(f"completion must be a string, got {sample.completion!r}")
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{self.path}: where {request} should be is no sample ({error}); delete the file"
             ) from None
@@ -114,36 +118,53 @@ def read_samples(path: Path, problems: Sequence[Problem], stop: Sequence[str] = 
     drawn: Counter[tuple[int, float]] = Counter()
     samples: list[Sample] = []
     is_ours = False
-    with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
+    for number, line in _lines(path):
+        try:
+            record = json.loads(line)
+            if number == 1 and isinstance(record, dict) and record.get("format") == FORMAT:
+                is_ours = True
+                if record.get("prompts") != digest([problem.prompt for problem in problems]):
+                    raise ValueError("these are samples of other prompts")
                 continue
-            try:
-                record = json.loads(line)
-                if number == 1 and record.get("format") == FORMAT:
-                    is_ours = True
-                    if record["prompts"] != digest([problem.prompt for problem in problems]):
-                        raise ValueError("these are samples of other prompts")
-                    continue
-                prompt, temperature, completions = _ready_made(record, places, len(problems))
-            except (ValueError, AttributeError, KeyError) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
-            more = {key: record[key] for key in ("num_tokens", "entropy", "ended")} if is_ours else {}
-            for completion in completions:
-                sample = Sample(prompt, temperature, drawn[prompt, temperature], completion, **more)
-                if (kept := before_stop(completion, stop)) != completion:
-                    sample = sample._replace(completion=kept, num_tokens=None, entropy=None, ended=True)
-                samples.append(sample)
-                drawn[prompt, temperature] += 1
+            prompt, temperature, completions = _ready_made(record, places, len(problems))
+            more = _generated(record) if is_ours else {}
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        for completion in completions:
+            sample = Sample(prompt, temperature, drawn[prompt, temperature], completion, **more)
+            if (kept := before_stop(completion, stop)) != completion:
+                sample = sample._replace(completion=kept, num_tokens=None, entropy=None, ended=True)
+            samples.append(sample)
+            drawn[prompt, temperature] += 1
     if not samples:
         raise ValueError(f"{path} holds no sample")
     return samples
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, numbered from 1. Raises OSError, or ValueError for a damaged .gz file."""
+    try:
+        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, line
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def digest(value: Any) -> str:
     """Short SHA-256 of anything JSON can hold."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _generated(record: dict[str, Any]) -> dict[str, Any]:
+    """What a line of a `SamplesFile` says of its completion beside the text."""
+    kinds = {"num_tokens": int | None, "entropy": int | float | None, "ended": bool | None}
+    for key, kind in kinds.items():
+        if not isinstance(record.get(key), kind):
+            raise ValueError(f"{key} must be {str(kind).replace(' |', ' or')}, got {record[key]!r}")
+    return {key: record.get(key) for key in kinds}
 
 
 def _ready_made(record: dict[str, Any], places: dict[str, list[int]], num: int) -> tuple[int, float, list[str]]:
@@ -154,9 +175,10 @@ def _ready_made(record: dict[str, Any], places: dict[str, list[int]], num: int) 
     completions = record["completions"] if "completions" in record else [record["completion"]]
     if not isinstance(completions, list) or not all(isinstance(each, str) for each in completions):
         raise ValueError("a completion must be a string, completions a list of strings")
-    if not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be a number from 0 on, got {temperature!r}")
-    found = [prompt] if isinstance(prompt, int) and 0 <= prompt < num else places.get(digest(prompt), [])
+    is_number = isinstance(prompt, int) and not isinstance(prompt, bool) and 0 <= prompt < num
+    found = [prompt] if is_number else places.get(digest(prompt), [])
     if len(found) != 1:
         is_there = f"is there {len(found)} times: name it by its number, from 0" if found else "is not in the file"
         raise ValueError(f"the prompt {str(prompt)[:60]!r} {is_there} of {num} prompts")
@@ -171,7 +193,7 @@ def _compare(path: Path, first: bytes, header: bytes) -> None:
     try:
         found = json.loads(first)
         is_ours = found.get("format") == FORMAT
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         is_ours = False
     if not is_ours:
         raise ValueError(f"{path} is not a file of samples of this program: choose another output folder")

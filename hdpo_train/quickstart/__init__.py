@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
+from hdpo_kernels.pair import PairOptions
 from hdpo_train.checkers import Problem
 from hdpo_train.command_line import Parser, check_output_dir
 from hdpo_train.config import HDPOConfig
@@ -88,6 +89,11 @@ def main(argv: list[str]) -> None:
         help="Value of alpha to compare with α = 1 (default: %(default)s)",
     )
     options = parser.parse(argv)
+    PairOptions(options.alpha, Settings.beta)  # raises for an alpha out of range
+    if f"{options.alpha:g}" == "1":
+        raise ValueError("--alpha is compared with α = 1: give another value")
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {options.seed}")
     run(check_output_dir(options.output_dir), Settings(seed=options.seed, alpha=options.alpha))
 
 

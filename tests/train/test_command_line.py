@@ -1,6 +1,8 @@
 """What a user can get wrong on the command line, in every command: one paragraph, exit code 2, never a traceback."""
 
 import os
+import re
+import shutil
 import sys
 
 import pytest
@@ -10,6 +12,7 @@ from safetensors import SafetensorError
 from hdpo_train.__main__ import main
 from hdpo_train.command_line import check_output_dir, run_command
 from hdpo_train.options import parse_options
+from tests.train.tiny import make_model
 
 EVAL = "eval --samples s.jsonl --prompts p.jsonl --checker choice --output_dir out"
 
@@ -25,10 +28,11 @@ def here(tmp_path, monkeypatch):
 def refused(argv: list[str], capsys) -> str:
     with pytest.raises(SystemExit) as exit:
         main(argv)
-    message = capsys.readouterr().err
-    assert exit.value.code == 2, message
-    assert "Traceback" not in message and "\n\n" not in message and message.startswith("hdpo-train")
-    return message
+    everything = capsys.readouterr().err
+    assert exit.value.code == 2 and "Traceback" not in everything, everything
+    found = re.search(r"^hdpo-train.*", everything, re.DOTALL | re.MULTILINE)  # below progress bars
+    assert found and "\n\n" not in found[0], everything
+    return found[0]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +68,13 @@ def refused(argv: list[str], capsys) -> str:
         ("quickstart --seed x", "--seed: invalid int value: 'x'"),
         (EVAL + " --k", "--k: expected at least one argument"),
         (EVAL + " --output_dir file", "file is a file, not a folder"),
-        (EVAL + " --output_dir=", "--output_dir is empty"),
+        (EVAL + " --output_dir=", "--output_dir is empty: give it a value, or leave it out"),
+        (EVAL + " --seed -1", "seed must be a whole number from 0 on, got -1"),
+        (EVAL + " --num_samples 0", "num_samples must be a positive whole number, got 0"),
+        (EVAL + " --temperatures nan", "a temperature must be a number from 0 on, got nan"),
+        ("quickstart --alpha 0", "alpha must be a positive number, got 0"),
+        ("quickstart --alpha 1.0000001", "--alpha is compared with α = 1"),
+        ("quickstart --seed -1", "--seed must be from 0 to 4294967295, got -1"),
         (EVAL + " --dtype float23", "no such choice: 'float23'; did you mean 'float32'?"),
         (EVAL + " --dtype f", "no such choice: 'f'; choose from auto, float32"),
         (EVAL, "p.jsonl: no such file"),
@@ -74,6 +84,66 @@ def refused(argv: list[str], capsys) -> str:
 )  # fmt: skip
 def test_main_refuses_in_one_paragraph(line, words, capsys):
     assert words in refused(line.split(), capsys)
+
+
+@pytest.mark.parametrize(
+    "command", [["--run_name", ""], [*EVAL.split(), "--names", "a", ""], ["sweep", "--checker", ""]]
+)
+def test_main_refuses_an_empty_word(command, capsys):
+    """As of an unset variable of a shell."""
+    assert f"{command[-2]} is empty" in refused(command, capsys)
+
+
+def test_main_names_the_nearest_checker(tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    assert "no such checker: 'chioce'; did you mean 'choice'?" in refused(
+        [*EVAL.split(), "--checker", "chioce"], capsys
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("whole")
+    make_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("config.json", "[]", "can be loaded from 'model'"),
+        ("config.json", "[" * 100_000, "can be loaded from 'model' (RecursionError: "),
+        (
+            "config.json",
+            '{"model_type": "t5"}',
+            "no model can be loaded from 'model' (Unrecognized configuration class",
+        ),
+        ("config.json", '{"model_type": "llama", "dtype": "float7"}', "has no attribute 'float7'"),
+        ("config.json", '{"model_type": "llama", "hidden_size": "big"}', "expected int, got str"),
+        ("model.safetensors", "", "no model can be loaded from 'model' (SafetensorError: "),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "plan", "eval"])
+def test_main_names_the_folder_of_a_damaged_model(command, name, content, words, model, tmp_path, capsys):
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model" / name).write_text(content)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Say sun:", "chosen": " sun", "rejected": " moon", "answer": "A"}\n')
+    options = {
+        "train": "--dataset_name p.jsonl --use_cpu --output_dir out",
+        "plan": "--use_cpu",
+        "eval": "--prompts p.jsonl --checker choice --output_dir out --no_self_bleu",
+    }
+    if (command, name) == ("plan", "model.safetensors"):
+        return  # a plan reads no weights
+    message = refused([command, "--model_name_or_path", "model", *options[command].split()], capsys)
+    assert words in message and len(message) < 2000
+
+
+def test_main_says_that_a_model_is_neither_here_nor_on_the_hub(monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = refused(["plan", "--use_cpu", "--model_name_or_path", "./typo"], capsys)
+    assert "'./typo' is no folder here, and no config of that name could be had from the hub" in message
 
 
 @pytest.mark.parametrize(
@@ -91,7 +161,7 @@ def test_main_refuses_in_one_paragraph(line, words, capsys):
         ("", "must hold options as 'name: value' lines"),
         ("- alpha", "must hold options as 'name: value' lines"),
         ("alpha:\t- 1\n\tx", "cannot be read: while scanning"),
-        ("a: " + "[" * 2000, "cannot be read: maximum recursion depth"),
+        ("a: " + "[" * 1000, "cannot be read: maximum recursion depth"),
         (b"\xff\xfe", "cannot be read: 'utf-8' codec"),
     ],
 )

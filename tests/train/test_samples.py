@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import pytest
 
@@ -149,3 +150,41 @@ def test_read_samples_refuses_ambiguous_prompts_and_empty_files(tmp_path):
     path.write_text("\n")
     with pytest.raises(ValueError, match="holds no sample"):
         read_samples(path, PROBLEMS)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ({"num_tokens": "3"}, "num_tokens must be int or None, got '3'"),
+        ({"entropy": [1]}, "entropy must be int or float or None, got [1]"),
+        ({"ended": "yes"}, "ended must be bool or None, got 'yes'"),
+        ({"completion": 5}, "a completion must be a string"),
+        ({"prompt": True}, "the prompt 'True' is not in the file"),
+        ({"temperature": True}, "temperature must be a number from 0 on, got True"),
+        ({"prompt": None}, "the prompt 'None' is not in the file"),
+    ],
+)
+def test_read_samples_names_the_line_of_a_wrong_type_in_its_own_file(tmp_path, line, words):
+    header = {"format": "hdpo samples 1", "prompts": digest([problem.prompt for problem in PROBLEMS])}
+    path = tmp_path / "samples.jsonl"
+    sample = Sample(0, 1.0, 0, "four", 3, 0.5, True)._asdict()
+    path.write_text("".join(json.dumps(each) + "\n" for each in (header, sample, sample | line)))
+    with pytest.raises(ValueError, match=re.escape(f"{path}, line 3: {words}")):
+        read_samples(path, PROBLEMS)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"format": "hdpo samples 1"}', "[" * 100_000, '{"prompt": 0'])
+def test_read_samples_names_the_line_that_is_no_record(tmp_path, content):
+    path = tmp_path / "samples.jsonl"
+    path.write_text(content + "\n")
+    with pytest.raises(ValueError, match=re.escape(f"{path}, line 1: ")):
+        read_samples(path, PROBLEMS)
+
+
+def test_read_samples_of_a_damaged_gzip_file(tmp_path):
+    path = tmp_path / "samples.jsonl.gz"
+    whole = gzip.compress(json.dumps({"prompt": 0, "completion": "x" * 1000}).encode() * 100)
+    for damaged in (whole[:-20], whole[:30] + b"garbage" + whole[37:], b"no gzip"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"samples\.jsonl\.gz is damaged"):
+            read_samples(path, PROBLEMS)
