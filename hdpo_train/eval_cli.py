@@ -19,6 +19,7 @@ from hdpo_train.command_line import Parser, check_output_dir
 from hdpo_train.eval_report import draw, drawn, markdown
 from hdpo_train.evaluate import EvalOptions, grade, judge
 from hdpo_train.files import write_whole
+from hdpo_train.forms import written_rows
 from hdpo_train.generate import Sampler, files_fingerprint
 from hdpo_train.lock import locked
 from hdpo_train.models import load_model, load_tokenizer
@@ -123,7 +124,8 @@ def load_problems(name: str, *, prompt_column: str = "prompt", limit: int | None
         columns = ", ".join(dataset.column_names)
         raise ValueError(f"{name} has no column {prompt_column!r}, it has {columns}: --prompt_column names the prompts")
     problems = []
-    for number, record in enumerate(dataset.select(range(min(limit or len(dataset), len(dataset)))), 1):
+    rows = written_rows(dataset.select(range(min(limit or len(dataset), len(dataset)))))
+    for number, record in enumerate(rows, 1):
         prompt = record[prompt_column]
         if not isinstance(prompt, str | list):
             raise ValueError(f"{name}, record {number}: {prompt_column} is neither a text nor messages, but {prompt!r}")

@@ -8,10 +8,10 @@ What is unusable is a BadRecord; what to do about it is the caller's choice.
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from datasets import Json, LargeList, List
+from datasets import Dataset, Json, LargeList, List
 from transformers import PreTrainedTokenizerBase
 
 EMPTY = "chosen or rejected is empty"
@@ -42,6 +42,13 @@ def as_written(value: Any, feature: Any) -> Any:
     if isinstance(feature, List | LargeList):
         return [as_written(part, feature.feature) for part in value]
     return value
+
+
+def written_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
+    """The rows of a data set, each value as it was written (see `as_written`)."""
+    for table in dataset.with_format("arrow").iter(batch_size=1000):
+        for row in table.to_pylist():
+            yield {column: as_written(value, dataset.features[column]) for column, value in row.items()}
 
 
 # ---- strings --------------------------------------------------------------------------------------------------------

@@ -135,3 +135,13 @@ def test_tokenize_pairs_where_no_boundary_can_be_found(tokenizers, monkeypatch):
         ValueError, match="1 x the tokenizer has no token boundary where the completion begins: record 2"
     ):
         tokenize([pair("foo ", "a", "b"), pair("the", "m", "se")], tokenizers["metaspace"])
+
+
+def test_tokenize_pairs_keeps_characters_apart_that_a_tokenizer_would_compose(tokenizers, plain):
+    """NFC makes one letter of e and an accent that follows; here the prompt ends between the two."""
+    tokenizer = tokenizers["byte-level, NFC"]
+    (row,) = tokenize([pair("cafe", "\u0301, and", "\u0301!")], tokenizer)
+    assert tokenizer("cafe\u0301")["input_ids"] == tokenizer("caf\u00e9")["input_ids"]
+    assert row["prompt_ids"] == [tokenizer.bos_token_id, *plain("cafe")]
+    assert row["rejected_ids"] == [*plain("\u0301"), *plain("!"), tokenizer.eos_token_id]
+    assert tokenizer.decode(row["prompt_ids"] + row["chosen_ids"]) == "<s>cafe\u0301, and</s>"

@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset, Features, Json, List, Value
 
 from hdpo_train.data import load_records, tokenize_pairs
+from hdpo_train.eval_cli import load_problems
 from hdpo_train.forms import BadRecord, as_written, chat_prompt, from_messages, from_strings
 from tests.train.tokenizers_of_kinds import CHATML, SPECIAL, assistant, byte_level, pair, user, wrap
 
@@ -101,6 +102,17 @@ def test_tokenize_pairs_tools_are_written_as_in_the_file(tmp_path, monkeypatch, 
 def test_as_written_leaves_out_what_arrow_fills_in(feature, value, expected):
     Features({"column": feature})  # such features there are
     assert as_written(value, feature) == expected
+
+
+def test_load_problems_prompts_are_written_as_in_the_file(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    tokenizer.chat_template = AS_JSON
+    records = records_with_tools(null=False)
+    Dataset.from_list(records).to_parquet(tmp_path / "a.parquet")
+    for record, problem in zip(records, load_problems(str(tmp_path / "a.parquet")), strict=True):
+        options = {"tools": record["tools"], **record["chat_template_kwargs"], "tokenize": False}
+        by_hand = tokenizer.apply_chat_template(record["prompt"], add_generation_prompt=True, **options)
+        assert chat_prompt(problem.prompt, problem.record, tokenizer) == by_hand
 
 
 # ---- contents -------------------------------------------------------------------------------------------------------

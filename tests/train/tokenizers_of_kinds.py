@@ -36,8 +36,10 @@ def with_specials(backend, bos=True, eos=False):
     return backend
 
 
-def byte_level(corpus=CORPUS, vocab_size=400, prefix=False):
+def byte_level(corpus=CORPUS, vocab_size=400, prefix=False, normalizer=None):
     backend = Tokenizer(models.BPE())
+    if normalizer is not None:
+        backend.normalizer = normalizer
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -50,11 +52,11 @@ def byte_level(corpus=CORPUS, vocab_size=400, prefix=False):
     return backend
 
 
-def metaspace():
+def metaspace(scheme="first", split=False):
     """Sentencepiece-like unigram model, a space put before every text."""
     backend = Tokenizer(models.Unigram())
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    backend.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=split)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme, split=split)
     alphabet = sorted(set("".join(CORPUS)) | {"▁"})
     trainer = trainers.UnigramTrainer(
         vocab_size=200, special_tokens=SPECIAL, unk_token="<unk>", initial_alphabet=alphabet, show_progress=False
@@ -87,8 +89,10 @@ def tokenizers_of_kinds():
         "byte-level, BOS": wrap(with_specials(byte_level())),
         "byte-level, BOS, EOS": wrap(with_specials(byte_level(), eos=True)),
         "byte-level, prefix": wrap(byte_level(prefix=True)),
+        "byte-level, NFC": wrap(with_specials(byte_level(normalizer=normalizers.NFC()))),
         "metaspace": wrap(with_specials(metaspace())),
         "metaspace, BOS, EOS": wrap(with_specials(metaspace(), eos=True)),
+        "metaspace, always": wrap(with_specials(metaspace("always", split=True))),
         "llama-2": wrap(with_specials(llama_2())),
     }
 
@@ -98,8 +102,10 @@ KINDS = [
     "byte-level, BOS",
     "byte-level, BOS, EOS",
     "byte-level, prefix",
+    "byte-level, NFC",
     "metaspace",
     "metaspace, BOS, EOS",
+    "metaspace, always",
     "llama-2",
 ]
 
