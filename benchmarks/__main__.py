@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import accuracy, forward, longest, loss, memory, plots, report, sampled, train_step
+from benchmarks import accuracy, forward, longest, loss, memory, plots, report, sampled, small, train_step
 from benchmarks.contestants import CONTESTANTS, Contestant
 from benchmarks.harness import Deadline, OutOfTime, attempt, start_afresh, use_one_device
 from benchmarks.table import RESULTS, Table, device_name, read
@@ -21,6 +21,7 @@ from benchmarks.table import RESULTS, Table, device_name, read
 QUESTIONS = {
     "loss": loss,
     "forward": forward,
+    "small": small,
     "memory": memory,
     "accuracy": accuracy,
     "train_step": train_step,
@@ -31,6 +32,7 @@ QUESTIONS = {
 ESTIMATES = {
     "loss": 75.0,
     "forward": 40.0,
+    "small": 10.0,
     "memory": 40.0,
     "accuracy": 20.0,
     "train_step": 60.0,

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.contestants import CONTESTANTS, OURS
+from benchmarks.contest import OUR_RATIO
+from benchmarks.contestants import CONTESTANTS, NAIVE, OURS
 from benchmarks.harness import use_one_device
 from benchmarks.sampled import EXPONENTS, GEMM, SAMPLED, over
 from benchmarks.table import RESULTS, Row, device_name, read
@@ -30,6 +31,7 @@ GRACE = 10.0  # seconds from being asked to end until being killed
 HEADLINES = {
     "loss": (OURS, "share of three GEMMs"),
     "forward": (OURS, "share of one GEMM"),
+    "small": (NAIVE, OUR_RATIO),
     "sampled": (SAMPLED.format(EXPONENTS[0]), over(GEMM)),
     "memory": (OURS, "peak memory"),
     "accuracy": (OURS, "log-prob of a sequence"),
@@ -62,7 +64,16 @@ def stages(out: Path, peers: bool) -> list[Stage]:
         options = ["--device", "cuda", "--only", name, "--out", str(out), *without]
         return lambda minutes: ["-m", "benchmarks", *options, "--minutes", f"{minutes:.2f}"]
 
-    shares = {"loss": 20, "forward": 10, "sampled": 12, "memory": 10, "accuracy": 6, "train_step": 13, "longest": 4}
+    shares = {
+        "loss": 20,
+        "forward": 10,
+        "small": 4,
+        "sampled": 12,
+        "memory": 10,
+        "accuracy": 6,
+        "train_step": 13,
+        "longest": 4,
+    }
     return [
         Stage("tests at real sizes", 12, tests("-m", "gpu")),
         Stage("other tests", 13, tests("-m", "not gpu")),

@@ -27,6 +27,7 @@ class Pivot(NamedTuple):
 PIVOTS = (
     Pivot("loss", "Forward + backward: our time, and its ratio to that of", (OUR_RATIO, "time")),
     Pivot("forward", "Forward only: our time, and its ratio to that of", (OUR_RATIO, "time")),
+    Pivot("small", "Small calls, forward + backward: our time, and its ratio to that of", (OUR_RATIO, "time")),
     Pivot("memory", "One pair, forward + backward: peak memory above inputs and gradients", ("peak memory",)),
     Pivot("accuracy", "Log-prob of a sequence: largest error against fp64", ("log-prob of a sequence",)),
     Pivot("train_step", "One optimizer step, end to end: our speed, and our time over that of", (OUR_RATIO, "speed")),
