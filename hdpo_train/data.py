@@ -363,8 +363,8 @@ class PairCollator:
 
     A call takes a list of examples {prompt_ids, chosen_ids, rejected_ids} and returns
         input_ids (B, R) int64
-        attention_mask (B, R) int64, 1 for a token, 0 for padding: if every row is one sequence; else
-            position_ids, segment_ids (B, R) int64 and document_lengths, ints: see `packing.Places`
+        position_ids (1, R) int64 and documents, tuples of lengths: in a packed batch, see `packing.Places`. A padded
+            one needs no mask: no token sees the padding, which is on its right
         rows (N,) int64: indices into the B·R flattened positions; the hidden state there predicts the label. With a
             shared prompt its last position predicts the first token of both sequences, and is in rows twice.
         labels (N,) int64: the completion tokens

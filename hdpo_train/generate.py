@@ -230,12 +230,11 @@ def entropies(
     logits / T = c / T · tanh(s / T · x / (c / T)). Logits are fp32, where a bf16 model's generate rounds them first.
     """
     inner, head = bare(model), head_of(bare(model))
-    # padded on the right: positions count from each prompt's start, whatever the model makes of them
+    # padded on the right: positions count from each prompt's start, and no token sees the padding
     texts = [(prompt + completion)[:-1] for prompt, completion in zip(prompts, completions, strict=True)]
     width = max(map(len, texts))
     ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=model.device)
-    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts], device=model.device)
-    hidden: Tensor = backbone_of(inner)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    hidden: Tensor = backbone_of(inner)(input_ids=ids, use_cache=False).last_hidden_state
     rows = [
         number * width + len(prompt) - 1 + step
         for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))

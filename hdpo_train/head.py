@@ -16,8 +16,6 @@ from hdpo_kernels import linear_hdpo_loss
 from hdpo_train.models import backbone_of, evaluating
 from hdpo_train.packing import Places, backbone_inputs
 
-_BACKBONE_INPUTS = ("input_ids", "attention_mask")
-
 
 class UnsupportedHead(ValueError):
     """The model's head is not softcap(scale · (h Wᵀ + b))."""
@@ -56,7 +54,7 @@ class PairBatch:
 
 
 def attach_loss(model: PreTrainedModel, transform: HeadTransform | None = None) -> None:
-    """Teach `model(input_ids=…, attention_mask=… or places=…, pairs=…)` to return an HDPOLoss; without pairs as before.
+    """Teach `model(input_ids=…, places=…, pairs=…)` to return an HDPOLoss; without pairs as before.
 
     Nothing of a run is kept in the model: it may be copied, and several trainers may share it.
 
@@ -78,11 +76,9 @@ class _ModelWithLoss(PreTrainedModel):
     def forward(self, *args: Any, pairs: PairBatch | None = None, places: Places | None = None, **kwargs: Any) -> Any:
         if pairs is None:
             return type(self).forward(self, *args, **kwargs)
-        inputs = {name: kwargs[name] for name in _BACKBONE_INPUTS if name in kwargs}
-        if places is not None:
-            inputs |= backbone_inputs(self, places)
-        hidden = backbone_of(self)(**inputs, use_cache=False).last_hidden_state  # (B, R, H)
-        scored = hidden.flatten(0, 1).index_select(0, pairs.rows.to(hidden.device))  # (N, H)
+        inputs = {} if places is None else backbone_inputs(self, places)
+        hidden = backbone_of(self)(input_ids=kwargs["input_ids"], **inputs, use_cache=False).last_hidden_state
+        scored = hidden.flatten(0, 1).index_select(0, pairs.rows.to(hidden.device))  # (B, R, H) -> (N, H)
         return head_of(self)(scored, pairs)
 
 

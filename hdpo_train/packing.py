@@ -1,37 +1,30 @@
 """Where the tokens of a micro-batch lie, and which of them attend to which.
 
-    pairs ── documents ──> [prompt][chosen][rejected] where that is less work, else [prompt][chosen] [prompt][rejected]
-          ── rows ───────> documents end to end; positions restart with each, and at the prompt's end for `rejected`
+    pairs ── documents ──> [prompt|chosen|rejected] where prompts are shared, else [prompt chosen] [prompt rejected]
+          ── packed ─────> documents end to end in one row; positions restart with each, and at the prompt's end for
+                           `rejected`. A token sees its own sequence up to itself, and nothing else.
+          ── padded ─────> a row for each sequence, padded on the right, where no token sees the padding
 
-One number per token, its segment, says who sees whom: document d has segment 3d for what all of it may see (the prompt,
-or a whole sequence), 3d + 1 for chosen and 3d + 2 for rejected. A token sees what comes before it in its own segment
-and in segment 3d. Sliding windows count positions within the sequence, not places in the row.
-
-An attention kernel that skips what is masked (FlexAttention, FlashAttention's varlen) gets one row and no padding
-anywhere. One that computes what is masked (sdpa, eager) pays for a row of R tokens with R² products: there the
-documents are dealt to the number of rows that costs least, and only the ends of these rows are padding. Where every row
-is one sequence, as with long ones, the batch is a padded one: it needs no mask of R² entries.
+Neither needs a mask of R × R entries: sdpa and eager attend by documents (see `attention`), FlashAttention by its
+varlen interface, FlexAttention by a block mask. Sliding windows count positions within the sequence, not in the row.
 """
 
-import heapq
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import flex_attention_mask
 from transformers.utils import logging
 
+from hdpo_train.attention import Documents, attend_by_documents, attends_by_documents, can_attend_by_documents
 from hdpo_train.models import backbone_of, evaluating
 
 logger = logging.get_logger(__name__)
-
-_PADDING = -3  # its segment: a document of its own, so that no softmax is empty
-_ROW_COUNTS_TRIED = 32
 
 
 class Unpackable(ValueError):
@@ -39,72 +32,33 @@ class Unpackable(ValueError):
 
 
 class Places(NamedTuple):
-    """What a backbone must know of a packed batch beside its tokens."""
+    """What a backbone must know of a packed row beside its tokens."""
 
-    position_ids: Tensor  # (B, R)
-    segment_ids: Tensor  # (B, R)
-    document_lengths: list[int]  # tokens; in order, if there is one row
+    position_ids: Tensor  # (1, R)
+    documents: list[tuple[int, ...]]  # tokens of (sequence,) or of (prompt, chosen, rejected), in order
 
 
 @dataclass(frozen=True)
 class Layout:
     """How pairs are laid out; the default is a row for each sequence, padded on the right.
 
-    packed: documents lie end to end. share: whether chosen and rejected share one copy of their prompt.
-    width: the model's hidden size if its attention computes what is masked, 0 if it skips that.
+    packed: documents lie end to end. share: chosen and rejected share one copy of their prompt.
     """
 
     packed: bool = False
-    share: Literal["never", "where it pays", "always"] = "never"
-    width: int = 0
+    share: bool = False
 
     def __str__(self) -> str:
-        shared = "" if self.share == "never" else f", prompts shared {self.share}"
-        return f"packed{shared}" if self.packed else "padded"
-
-    def shares(self, prompt: int, chosen: int, rejected: int) -> bool:
-        """Whether a pair of these lengths is one document: by default, where that is less work.
-
-        Outside attention a token takes about 24·H² operations per layer, a product of dense attention 4·H. Sharing
-        saves `prompt` tokens, and turns (p + c)² + (p + r)² products into (p + c + r)².
-        """
-        if self.share == "where it pays":
-            return not self.width or prompt * (6 * self.width + prompt) > 2 * chosen * rejected
-        return self.share == "always"
+        return f"packed{', prompts shared' * self.share}" if self.packed else "padded"
 
     def tokens(self, prompt: int, chosen: int, rejected: int) -> int:
         """Tokens that a pair puts into a batch; in a padded batch, if it is the longest."""
         if not self.packed:
             return 2 * (prompt + max(chosen, rejected))
-        return prompt + chosen + rejected + (0 if self.shares(prompt, chosen, rejected) else prompt)
-
-    def rows(self, lengths: list[int]) -> list[list[int]]:
-        """The documents of each row."""
-        if not self.packed:
-            return [[document] for document in range(len(lengths))]
-        if not self.width:
-            return [list(range(len(lengths)))]
-        step = max(1, len(lengths) // _ROW_COUNTS_TRIED)
-        dealt = (_deal(lengths, count) for count in range(1, len(lengths) + 1, step))
-        return min(dealt, key=lambda rows: self._cost(len(rows), max(sum(lengths[d] for d in row) for row in rows)))
-
-    def _cost(self, rows: int, length: int) -> int:
-        """Work of a backbone, in units of 4·H operations per layer."""
-        return rows * length * (6 * self.width + length)
+        return prompt + chosen + rejected + (0 if self.share else prompt)
 
 
 PADDED = Layout()
-
-
-def _deal(lengths: list[int], count: int) -> list[list[int]]:
-    """Documents dealt to `count` rows, the longest first, each to the row that is shortest."""
-    rows: list[list[int]] = [[] for _ in range(count)]
-    shortest = [(0, row) for row in range(count)]
-    for document in sorted(range(len(lengths)), key=lambda d: -lengths[d]):
-        length, row = shortest[0]
-        rows[row].append(document)
-        heapq.heapreplace(shortest, (length + lengths[document], row))
-    return rows
 
 
 def lay_out(pairs: list[tuple[Any, Any, Any]], layout: Layout, pad_token_id: int) -> dict[str, Any]:
@@ -112,86 +66,79 @@ def lay_out(pairs: list[tuple[Any, Any, Any]], layout: Layout, pad_token_id: int
     documents = [
         document
         for prompt, chosen, rejected in pairs
-        for document in (
-            [(prompt, chosen, rejected)]
-            if layout.shares(len(prompt), len(chosen), len(rejected))
-            else [(prompt, chosen), (prompt, rejected)]
-        )
+        for document in ([(prompt, chosen, rejected)] if layout.share else [(prompt, chosen), (prompt, rejected)])
     ]
     lengths = [sum(map(len, document)) for document in documents]
-    rows = layout.rows(lengths)
-    width = max(sum(lengths[document] for document in row) for row in rows)
-    input_ids = torch.full((len(rows), width), pad_token_id, device="cpu")
-    position_ids = torch.zeros_like(input_ids)
-    segment_ids = torch.full_like(input_ids, _PADDING)
-    predicting: dict[int, list[Tensor]] = {}  # for each document, where its completions are predicted
-    for b, row in enumerate(rows):
-        begin = 0
-        for d in row:
-            prompt, *completions = documents[d]
-            end, at = begin + lengths[d], begin + len(prompt)
-            input_ids[b, begin:end] = torch.tensor(
-                [int(token) for part in documents[d] for token in part], device="cpu"
-            )
-            position_ids[b, begin:at] = torch.arange(len(prompt), device="cpu")
-            segment_ids[b, begin:end] = 3 * d
-            predicting[d] = []
-            for s, completion in enumerate(completions):
-                position_ids[b, at : at + len(completion)] = torch.arange(
-                    len(prompt), len(prompt) + len(completion), device="cpu"
-                )
-                if len(completions) > 1:
-                    segment_ids[b, at : at + len(completion)] = 3 * d + 1 + s
-                places = torch.arange(at - 1, at + len(completion) - 1, device="cpu")
-                places[:1] = begin + len(prompt) - 1  # the prompt's last token predicts the first of both
-                predicting[d].append(places + b * width)
-                at += len(completion)
-            begin = end
+    width = max(lengths)  # of a padded row
+    starts = [0, *accumulate(lengths)] if layout.packed else list(range(0, (len(lengths) + 1) * width, width))
+    input_ids = torch.full((starts.pop(),), pad_token_id, device="cpu")
+    positions, rows = [], []
+    for (prompt, *completions), start, length in zip(documents, starts, lengths, strict=True):
+        at = start + len(prompt)
+        tokens = [int(token) for part in (prompt, *completions) for token in part]
+        input_ids[start : start + length] = torch.tensor(tokens, device="cpu")
+        positions.append(torch.arange(len(prompt), device="cpu"))
+        for completion in completions:
+            positions.append(torch.arange(len(prompt), len(prompt) + len(completion), device="cpu"))
+            predicting = torch.arange(at - 1, at + len(completion) - 1, device="cpu")
+            predicting[:1] = start + len(prompt) - 1  # the prompt's last token predicts the first of both
+            rows.append(predicting)
+            at += len(completion)
     completions = [ids for _, chosen, rejected in pairs for ids in (chosen, rejected)]
     batch: dict[str, Any] = {
-        "input_ids": input_ids,
-        "rows": torch.cat([places for d in range(len(documents)) for places in predicting[d]]),
+        "input_ids": input_ids.view(1 if layout.packed else len(documents), -1),
+        "rows": torch.cat(rows),
         "labels": torch.tensor([int(token) for ids in completions for token in ids], device="cpu"),
         "cu_seqlens": [0, *accumulate(map(len, completions))],
         "num_tokens": sum(2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in pairs),
     }
-    if len(rows) < len(documents) or any(len(document) > 2 for document in documents):
-        lengths = [lengths[d] for row in rows for d in row]
-        return {**batch, "position_ids": position_ids, "segment_ids": segment_ids, "document_lengths": lengths}
-    return {**batch, "attention_mask": (segment_ids != _PADDING).long()}
+    if layout.packed:
+        batch["position_ids"] = torch.cat(positions).unsqueeze(0)
+        batch["documents"] = [tuple(map(len, d)) if layout.share else (sum(map(len, d)),) for d in documents]
+    return batch
 
 
 def backbone_inputs(model: PreTrainedModel, places: Places) -> dict[str, Any]:
     """Keywords that make the backbone of `model` attend as the places say. Raises Unpackable if there are none."""
     config = model.config.get_text_config()
-    attention = config._attn_implementation
-    position_ids, segment_ids, document_lengths = places
+    position_ids, documents = places
     if _is_flash(config):
-        boundaries = torch.tensor([0, *accumulate(document_lengths)], dtype=torch.int32, device="cpu")
-        boundaries = boundaries.to(position_ids.device, non_blocking=True)
-        longest = max(document_lengths)
-        varlen = {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries, "max_length_q": longest}
-        return {"position_ids": position_ids, "attention_mask": None, **varlen, "max_length_k": longest}
-    if attention not in ("sdpa", "eager", "flex_attention"):
-        raise Unpackable(f"attention implementation {attention!r} takes no mask that is known here (sdpa does)")
-    prompts = segment_ids - segment_ids % 3
-    make_mask: Any = ALL_MASK_ATTENTION_FUNCTIONS[attention]
-
-    def mask(window: int | None) -> Any:
-        def sees(b: Any, head: Any, i: Any, j: Any) -> Any:
-            theirs = segment_ids[b, j]
-            seen = (j <= i) & ((theirs == segment_ids[b, i]) | (theirs == prompts[b, i]))
-            return seen if window is None else seen & (position_ids[b, i] - position_ids[b, j] < window)
-
-        B, R = segment_ids.shape
-        return make_mask(
-            batch_size=B, q_length=R, kv_length=R, mask_function=sees, allow_is_causal_skip=False,
-            dtype=model.dtype, device=segment_ids.device, config=config,
-        )  # fmt: skip
-
-    masks = {kind: mask(window) for kind, window in _windows(config).items()}
+        return {"position_ids": position_ids, "attention_mask": None, **_varlen(documents, position_ids.device)}
+    if attends_by_documents(config):
+        masks: dict[str, Any] = {kind: Documents(documents, window) for kind, window in _windows(config).items()}
+    elif config._attn_implementation == "flex_attention":
+        masks = {kind: _flex_mask(places, window) for kind, window in _windows(config).items()}
+    else:
+        raise Unpackable(f"attention implementation {config._attn_implementation!r} is not known here (sdpa is)")
     # a model that knows one kind of layer takes its mask as it is
     return {"position_ids": position_ids, "attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
+
+
+def _varlen(documents: list[tuple[int, ...]], device: torch.device) -> dict[str, Any]:
+    lengths = [length for (length,) in documents]
+    boundaries = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu").to(device, non_blocking=True)
+    longest = max(lengths)
+    varlen = {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries, "max_length_q": longest}
+    return {**varlen, "max_length_k": longest}
+
+
+def _flex_mask(places: Places, window: int | None) -> Any:
+    """Segment 3d: what all of document d may see (its prompt, or a whole sequence); 3d + 1: chosen; 3d + 2: rejected."""
+    position_ids, documents = places[0][0], places[1]
+    parts = [(3 * d + part, length) for d, lengths in enumerate(documents) for part, length in enumerate(lengths)]
+    numbers, lengths = (torch.tensor(column, device="cpu").to(position_ids.device, non_blocking=True) for column in zip(*parts, strict=True))
+    segments = torch.repeat_interleave(numbers, lengths, output_size=len(position_ids))
+    prompts = segments - segments % 3
+
+    def sees(b: Any, head: Any, i: Any, j: Any) -> Any:
+        theirs = segments[j]
+        seen = (j <= i) & ((theirs == segments[i]) | (theirs == prompts[i]))
+        return seen if window is None else seen & (position_ids[i] - position_ids[j] < window)
+
+    size = len(position_ids)
+    return flex_attention_mask(
+        batch_size=1, q_length=size, kv_length=size, mask_function=sees, device=position_ids.device
+    )
 
 
 def _windows(config: Any) -> dict[str, int | None]:
@@ -208,6 +155,12 @@ def _is_flash(config: Any) -> bool:
     return "flash" in config._attn_implementation
 
 
+def use_layout(model: PreTrainedModel, layout: Layout) -> None:
+    """Let the attention of a model run batches of this layout; it runs others as before."""
+    config = model.config.get_text_config()
+    attend_by_documents(config, layout.packed and can_attend_by_documents(config))
+
+
 def find_layout(
     models: list[PreTrainedModel], packing: bool | None = None, shared_prompt: bool | None = None
 ) -> Layout:
@@ -216,38 +169,27 @@ def find_layout(
     Whether an attention keeps packed sequences apart is found by a probe of twenty tokens. If one does not, batches are
     padded, with a warning that says why. Raises ValueError if an option asked for what cannot be.
     """
-    if packing is False:
-        return PADDED
-    layout, name = None, ""
+    layout, name = PADDED, ""
+    if packing is not False:
+        shares = not any(_is_flash(model.config.get_text_config()) for model in models)
+        layout = Layout(packed=True, share=shares if shared_prompt is None else shared_prompt)
     try:
         for model in models:
             name = type(model).__name__
-            layout = layout or _layout(model, shared_prompt)
-            _probe(model, layout)
+            use_layout(model, layout)
+            if layout.packed:
+                _probe(model, layout)
     except Unpackable as error:
+        for model in models:
+            use_layout(model, PADDED)
         if packing or shared_prompt:
             hint = "leave out packing and shared_prompt, so that its batches are padded"
             raise ValueError(f"{name} cannot run packed batches: {error}; {hint}") from None
         logger.warning(f"{name} gets padded batches, prompts twice: {error}")
         return PADDED
-    assert layout is not None
-    if layout.share == "never" and shared_prompt is None:
-        attention = models[0].config.get_text_config()._attn_implementation
-        logger.warning(
-            f"{attention} has no mask to share the prompts of chosen and rejected; flex_attention and sdpa do"
-        )
+    if layout.packed and not layout.share and shared_prompt is None:
+        logger.warning("FlashAttention has no mask to share the prompts of chosen and rejected; sdpa and flex_attention do")
     return layout
-
-
-def _layout(model: PreTrainedModel, shared_prompt: bool | None) -> Layout:
-    """What the model's attention implementation allows for."""
-    config = model.config.get_text_config()
-    if _is_flash(config):
-        return Layout(packed=True, share="always" if shared_prompt else "never")
-    share: Any = {None: "where it pays", True: "always", False: "never"}[shared_prompt]
-    return Layout(
-        packed=True, share=share, width=0 if config._attn_implementation == "flex_attention" else config.hidden_size
-    )
 
 
 @torch.no_grad()
@@ -257,16 +199,14 @@ def _probe(model: PreTrainedModel, layout: Layout) -> None:
     What is measured: how much nearer to them than those of the same row, run as if it were one sequence.
     """
     backbone, config = backbone_of(model), model.config.get_text_config()
-    if _is_flash(config) and layout.share != "never":
-        raise Unpackable(f"{config._attn_implementation} has no mask to share prompts with (flex_attention, sdpa have)")
+    if _is_flash(config) and layout.share:
+        raise Unpackable(f"{config._attn_implementation} has no mask to share prompts with (sdpa, flex_attention have)")
     ids = [[token % config.vocab_size for token in range(first, first + 10)] for first in (0, 10)]
     pairs = [(pair[:4], pair[4:7], pair[7:]) for pair in ids]
-    share: Any = "always" if layout.share != "never" else "never"
-    batch = lay_out(pairs, replace(layout, width=0, share=share), 0)
+    batch = lay_out(pairs, layout, 0)
     device = model.get_output_embeddings().weight.device
     alone = torch.tensor([prompt + completion for prompt, *both in pairs for completion in both], device=device)
-    row = batch["input_ids"].to(device)
-    places = Places(batch["position_ids"].to(device), batch["segment_ids"].to(device), batch["document_lengths"])
+    row, places = batch["input_ids"].to(device), Places(batch["position_ids"].to(device), batch["documents"])
 
     def hidden(input_ids: Tensor, **inputs: Any) -> Tensor:
         return backbone(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state.float()

@@ -28,7 +28,8 @@ from hdpo_train.config import HDPOConfig
 from hdpo_train.files import readable
 from hdpo_train.head import HeadTransform, attach_loss, bare, head_of
 from hdpo_train.models import disable_dropout
-from hdpo_train.packing import PADDED, Layout, find_layout, lay_out
+from hdpo_train.attention import can_attend_by_documents
+from hdpo_train.packing import Layout, find_layout, lay_out, use_layout
 from hdpo_train.reference import model_inputs
 
 _KINDS = {
@@ -163,11 +164,9 @@ def _tracked(
         model.to_empty(device="cpu")
         bare(model).tie_weights()
         _frozen_as_buffers(model)
-        if bare(model).config.get_text_config()._attn_implementation not in ("sdpa", "eager"):
-            # its kernels are not to be had here; causal rows of their own take what they take, shared prompts less
-            bare(model).set_attn_implementation("sdpa")
-            batch = batch._replace(layout=PADDED)
-        offloaded = _prepare(model, args, fake=True)
+        if not can_attend_by_documents(bare(model).config.get_text_config()):
+            bare(model).set_attn_implementation("sdpa")  # other kernels do not run on fake tensors, and take as much
+        offloaded = _prepare(model, args, batch.layout, fake=True)
         optimizer = _optimizer(model, args)
         kept = _add_workspace(model, args, batch) if with_workspace else []
         tracker = _Tracker()
@@ -260,7 +259,7 @@ def _with_layers(config: Any, layers: int) -> Any:
 def _time(models: list[Any], args: HDPOConfig, batch: MicroBatch) -> list[list[float]]:
     """Seconds of each model's steps; the models take turns, so that a machine's mood is the same for all."""
     for model in models:
-        _prepare(model.to(args.device), args)
+        _prepare(model.to(args.device), args, batch.layout)
     optimizers = [_optimizer(model, args) for model in models]
     seconds: list[list[float]] = [[] for _ in models]
     while len(seconds[0]) < 1 + _STEPS or sum(sum(times[1:]) for times in seconds) < _SECONDS * len(models):
@@ -276,7 +275,7 @@ def _time(models: list[Any], args: HDPOConfig, batch: MicroBatch) -> list[list[f
     return [times[1:] for times in seconds]
 
 
-def _prepare(model: Any, args: HDPOConfig, fake: bool = False) -> list[int]:
+def _prepare(model: Any, args: HDPOConfig, layout: Layout, fake: bool = False) -> list[int]:
     """As the trainer does it. fake: what would be offloaded takes no memory; the result gets its sizes in bytes."""
     offloaded: list[int] = []
     if args.gradient_checkpointing:
@@ -289,6 +288,7 @@ def _prepare(model: Any, args: HDPOConfig, fake: bool = False) -> list[int]:
             _offload_nowhere(model, offloaded)
     if args.disable_dropout:
         disable_dropout(model)
+    use_layout(bare(model), layout)
     # a softcap or scale costs nothing here, and finding it needs numbers
     attach_loss(bare(model), HeadTransform(None, 1.0))
     model.train()

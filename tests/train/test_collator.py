@@ -28,26 +28,25 @@ def test_pair_collator_scores_exactly_the_completion_tokens(seed, count):
     examples = random_examples(seed, count)
     batch = PairCollator(pad_token_id=0)(examples)
     longest = max(len(e["prompt_ids"]) + max(len(e["chosen_ids"]), len(e["rejected_ids"])) for e in examples)
-    assert batch["input_ids"].shape == batch["attention_mask"].shape == (2 * count, longest)
-    assert set(batch) == {"input_ids", "attention_mask", "rows", "labels", "cu_seqlens", "num_tokens", "examples"}
+    assert batch["input_ids"].shape == (2 * count, longest)
+    assert set(batch) == {"input_ids", "rows", "labels", "cu_seqlens", "num_tokens", "examples"}
     assert batch["examples"].rows is examples
-    assert batch["num_tokens"] == batch["attention_mask"].sum()
-    assert {batch[key].dtype for key in ("input_ids", "attention_mask", "rows", "labels")} == {torch.int64}
+    assert {batch[key].dtype for key in ("input_ids", "rows", "labels")} == {torch.int64}
     cu_seqlens = batch["cu_seqlens"]
     assert type(cu_seqlens) is list and {type(x) for x in cu_seqlens} == {int} and len(cu_seqlens) == 2 * count + 1
 
-    rows, labels, scored = [], [], 0
+    rows, labels, scored, num_tokens = [], [], 0, 0
     for s in range(2 * count):
         example = examples[s // 2]
         prompt, completion = example["prompt_ids"], example["rejected_ids" if s % 2 else "chosen_ids"]
         tokens = prompt + completion
         assert batch["input_ids"][s].tolist() == tokens + [0] * (longest - len(tokens))
-        assert batch["attention_mask"][s].tolist() == [1] * len(tokens) + [0] * (longest - len(tokens))
         assert cu_seqlens[s] == scored
         for t, token in enumerate(completion):
             rows.append(s * longest + len(prompt) + t - 1)
             labels.append(token)
-        scored += len(completion)
+        scored, num_tokens = scored + len(completion), num_tokens + len(tokens)
+    assert batch["num_tokens"] == num_tokens
     assert batch["rows"].tolist() == rows and batch["labels"].tolist() == labels and cu_seqlens[-1] == scored
     assert batch["input_ids"].flatten()[batch["rows"] + 1].tolist() == labels
 

@@ -15,6 +15,7 @@ from hdpo_train.reference import model_inputs
 from tests.train.tiny import FAMILIES, make_model, make_records
 
 LOSS = {"alpha": 0.8, "beta": 0.5}
+PAD = 1
 
 
 @pytest.fixture
@@ -22,7 +23,8 @@ def batch(tokenizer):
     from datasets import Dataset
 
     examples = tokenize_pairs(Dataset.from_list(make_records(3)), tokenizer)
-    batch = PairCollator(1)(list(examples))
+    batch = PairCollator(PAD)(list(examples))
+    assert (batch["input_ids"] == PAD).sum() == batch["input_ids"].numel() - batch["num_tokens"]
     batch["ref_logps"] = -10 - torch.arange(6.0)
     return batch
 
@@ -30,8 +32,8 @@ def batch(tokenizer):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attach_loss_equals_naive_loss_of_the_models_logits(family, batch):
     model = make_model(family)
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    rows = logits.flatten(0, 1)[batch["rows"]]
+    mask = batch["input_ids"] != PAD  # transformers' own way with padding; the loss leaves it to causality
+    rows = model(input_ids=batch["input_ids"], attention_mask=mask).logits.flatten(0, 1)[batch["rows"]]
     expected = naive.hdpo_loss(rows, batch["labels"], batch["cu_seqlens"], batch["ref_logps"], **LOSS)
     expected_grads = torch.autograd.grad(expected.loss, list(model.parameters()))
 
@@ -45,7 +47,7 @@ def test_attach_loss_equals_naive_loss_of_the_models_logits(family, batch):
 
 
 def test_attach_loss_leaves_forward_without_pairs_as_it_was(model, batch):
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["input_ids"] != PAD}
     before = model(**inputs).logits
     attach_loss(model)
     assert torch.equal(model(**inputs).logits, before)

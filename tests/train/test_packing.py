@@ -5,18 +5,28 @@ import os
 import random
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AttentionInterface, Gemma2Config, MistralConfig, MixtralConfig, Qwen2MoeConfig, Qwen3Config
+from transformers import (
+    AttentionInterface,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GptOssConfig,
+    MistralConfig,
+    MixtralConfig,
+    Qwen2MoeConfig,
+    Qwen3Config,
+)
 from transformers import AutoModelForCausalLM as Auto
 
+from hdpo_kernels import naive
 from hdpo_train import packing
 from hdpo_train.data import PairCollator
 from hdpo_train.head import attach_loss
-from hdpo_train.packing import PADDED, Layout, find_layout, lay_out
+from hdpo_train.packing import PADDED, Layout, find_layout, lay_out, use_layout
 from hdpo_train.reference import model_inputs
 from hdpo_train.report import read_metrics
 from hdpo_train.sampler import TokenBudgetSampler
@@ -36,6 +46,10 @@ MODELS = {
     "gemma2": lambda: Auto.from_config(
         Gemma2Config(**SIZE, **KV, sliding_window=WINDOW, final_logit_softcapping=5.0, attn_logit_softcapping=3.0)
     ),
+    "gemma3": lambda: Auto.from_config(Gemma3TextConfig(**SIZE, **KV, sliding_window=WINDOW)),
+    "gpt-oss": lambda: Auto.from_config(
+        GptOssConfig(**SIZE, **KV, sliding_window=WINDOW, num_local_experts=4, num_experts_per_tok=2)
+    ),
     "mixtral": lambda: Auto.from_config(MixtralConfig(**SIZE, **KV, **EXPERTS, num_local_experts=4)),
     "qwen2-moe": lambda: Auto.from_config(
         Qwen2MoeConfig(
@@ -43,9 +57,9 @@ MODELS = {
         )
     ),
 }
-PACKED, SHARED = Layout(True, width=32), Layout(True, "always", 32)
-ONE_ROW = Layout(True, "always", 0)
+PACKED, SHARED = Layout(True), Layout(True, True)
 CPU = torch.device("cpu")
+LOSS = {"alpha": 0.8, "beta": 0.5}
 
 
 def make(name, attention="sdpa", **kwargs):
@@ -55,8 +69,9 @@ def make(name, attention="sdpa", **kwargs):
         for parameter in model.parameters():  # so that attention matters: init is nearly linear
             if parameter.dim() == 2:
                 parameter.mul_(3)
-    if name != "gemma2":  # which is eager alone
-        model.set_attn_implementation(attention)
+    if attention == "sdpa" and not model._supports_sdpa:  # scores that are capped, or sinks
+        attention = "eager"
+    model.set_attn_implementation(attention)
     return model
 
 
@@ -77,11 +92,31 @@ def make_examples(seed=0, count=4, prompt=(1, 14), completion=(1, 9)):
 
 def step(model, examples, layout, autocast=False):
     """The result and the gradients of one batch. The loss has been attached to the model."""
-    inputs = model_inputs(PairCollator(VOCAB - 1, layout)(examples), CPU, {"alpha": 0.8, "beta": 0.5})
+    use_layout(model, layout)
+    inputs = model_inputs(PairCollator(VOCAB - 1, layout)(examples), CPU, LOSS)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         result = model(**inputs)
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    return result, dict(zip(names, torch.autograd.grad(result.loss, parameters), strict=True))
+    return result, gradients(model, result.loss)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def step_alone(model, examples):
+    """The same from every sequence by itself, through transformers' own forward with its own attention."""
+    logits, labels = [], []
+    for example in examples:
+        for side in ("chosen_ids", "rejected_ids"):
+            prompt, completion = example["prompt_ids"], example[side]
+            row = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+            logits, labels = [*logits, row], [*labels, torch.tensor(completion)]
+    bounds = [0, *accumulate(map(len, labels))]
+    refs = torch.tensor([e[f"ref_{side}_logp"] for e in examples for side in ("chosen", "rejected")])
+    result = naive.hdpo_loss(torch.cat(logits), torch.cat(labels), bounds, refs, **LOSS)
+    return result, gradients(model, result.loss)
 
 
 def assert_same_step(one, other, tolerance=2e-4):
@@ -99,22 +134,12 @@ def with_loss(name, attention="sdpa"):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", MODELS)
-def test_layouts_give_the_loss_and_gradients_of_padded_batches(name, attention):
+def test_layouts_give_the_loss_and_gradients_of_each_sequence_alone(name, attention):
     model = with_loss(name, attention)
-    padded = step(model, make_examples(), PADDED)
-    assert find_layout([model]) == Layout(True, "where it pays", 32)
-    for layout in (PACKED, SHARED, ONE_ROW):
-        assert_same_step(step(model, make_examples(), layout), padded)
-
-
-def test_long_sequences_get_a_row_each_and_no_mask_of_their_own():
-    """Where sharing and packing would cost more than they save, the mask of R² entries would too."""
-    long = {"prompt": (60, 60), "completion": (300, 300)}
-    layout = Layout(True, "where it pays", 32)
-    batch = PairCollator(0, layout)(make_examples(count=2, **long))
-    assert batch["input_ids"].shape == (4, 360) and batch["attention_mask"].all()
-    assert not {"position_ids", "segment_ids", "document_lengths"} & set(batch)
-    assert "segment_ids" in PairCollator(0, layout)(make_examples(count=2))
+    alone = step_alone(model, make_examples())
+    assert find_layout([model]) == SHARED
+    for layout in (PADDED, PACKED, SHARED):
+        assert_same_step(step(model, make_examples(), layout), alone)
 
 
 @pytest.mark.parametrize(
@@ -124,25 +149,27 @@ def test_long_sequences_get_a_row_each_and_no_mask_of_their_own():
         {"completion": (1, 1)},
         {"prompt": (6, 6)},
         {"prompt": (40, 90), "completion": (1, 90)},
-        {"count": 1},
+        {"count": 1, "prompt": (300, 300), "completion": (1, 3000)},
         {"count": 17, "prompt": (1, 3), "completion": (1, 2)},
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_layouts_agree_on_any_lengths(name, shape):
     model, examples = with_loss(name), make_examples(1, **shape)
-    padded = step(model, examples, PADDED)
-    for layout in (PACKED, SHARED, Layout(True, "where it pays", 1)):
-        assert_same_step(step(model, examples, layout), padded, 5e-4)
+    alone = step_alone(model, examples)
+    for layout in (PADDED, PACKED, SHARED):
+        assert_same_step(step(model, examples, layout), alone, 5e-4)
 
 
 def test_shared_prompt_with_gradient_checkpointing():
     model = with_loss("gemma2")
-    plain = step(model, make_examples(), SHARED)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    assert_same_step(step(model, make_examples(), SHARED), plain)
+    alone = step_alone(model, make_examples())
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        model.train()
+        assert_same_step(step(model, make_examples(), SHARED), alone)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -160,11 +187,12 @@ def test_shared_prompt_in_bf16_autocast(attention):
 def test_flex_attention_gets_the_mask_of_sdpa():
     """Its forward: torch 2.13 has no backward of it on a CPU."""
     model, examples = with_loss("gemma2", "sdpa"), make_examples(count=2)
-    inputs = model_inputs(PairCollator(0, ONE_ROW)(examples), CPU, {"alpha": 0.8, "beta": 0.5})
+    use_layout(model, SHARED)
+    inputs = model_inputs(PairCollator(0, SHARED)(examples), CPU, LOSS)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiling takes minutes on a CPU
         expected = model(**inputs)
         model.set_attn_implementation("flex_attention")
-        assert find_layout([model]) == Layout(True, "where it pays", 0)
+        assert find_layout([model]) == SHARED
         result = model(**inputs)
     torch.testing.assert_close(result.logps, expected.logps, rtol=1e-4, atol=1e-4)
 
@@ -174,45 +202,29 @@ def test_flex_attention_gets_the_mask_of_sdpa():
 
 def test_lay_out_small_example():
     pairs = [([1, 2, 3], [4, 5], [6])]
-    batch = lay_out(pairs, ONE_ROW, 0)
+    batch = lay_out(pairs, SHARED, 0)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3]]
-    assert batch["segment_ids"].tolist() == [[0, 0, 0, 1, 1, 2]]
     assert batch["rows"].tolist() == [2, 3, 2] and batch["labels"].tolist() == [4, 5, 6]
-    assert batch["cu_seqlens"] == [0, 2, 3] and batch["document_lengths"] == [6] and batch["num_tokens"] == 9
-    apart = lay_out(pairs, Layout(True), 0)
+    assert batch["cu_seqlens"] == [0, 2, 3] and batch["documents"] == [(3, 2, 1)] and batch["num_tokens"] == 9
+    apart = lay_out(pairs, PACKED, 0)
     assert apart["input_ids"].tolist() == [[1, 2, 3, 4, 5, 1, 2, 3, 6]]
     assert apart["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3]]
-    assert apart["segment_ids"].tolist() == [[0, 0, 0, 0, 0, 3, 3, 3, 3]]
-    assert apart["rows"].tolist() == [2, 3, 7] and apart["document_lengths"] == [5, 4]
+    assert apart["rows"].tolist() == [2, 3, 7] and apart["documents"] == [(5,), (4,)]
+    padded = lay_out(pairs, PADDED, 0)
+    assert padded["input_ids"].tolist() == [[1, 2, 3, 4, 5], [1, 2, 3, 6, 0]]
+    assert padded["rows"].tolist() == [2, 3, 7] and "documents" not in padded
 
 
-@pytest.mark.parametrize("layout", [PADDED, PACKED, SHARED, ONE_ROW, Layout(True)], ids=str)
-def test_lay_out_has_every_token_once_and_no_padding_where_attention_skips(layout):
+@pytest.mark.parametrize("layout", [PADDED, PACKED, SHARED], ids=str)
+def test_lay_out_has_every_token_once_and_no_padding_in_a_packed_row(layout):
     examples = make_examples(count=9)
     pairs = [(e["prompt_ids"], e["chosen_ids"], e["rejected_ids"]) for e in examples]
-    batch = lay_out(pairs, layout, 0)
+    batch = lay_out(pairs, layout, 0)  # no token is 0
     tokens = sum(layout.tokens(*map(len, pair)) for pair in pairs) if layout.packed else batch["num_tokens"]
-    real = batch["segment_ids"] >= 0 if layout.packed else batch["attention_mask"].bool()
-    assert real.sum() == tokens and (layout.width or not layout.packed or real.all())
+    assert (batch["input_ids"] > 0).sum() == tokens and (not layout.packed or batch["input_ids"].all())
     labels = [token for _, chosen, rejected in pairs for token in (*chosen, *rejected)]
     assert batch["labels"].tolist() == labels and len(batch["rows"]) == len(labels)
-
-
-def test_rows_are_as_many_as_cost_least():
-    lengths = [100, *[60] * 7]
-    rows = Layout(True, width=10_000).rows(lengths)  # tokens are what costs: no row for the longest alone
-    assert sorted(d for row in rows for d in row) == list(range(8))
-    assert len(rows) * max(sum(lengths[d] for d in row) for row in rows) == 520
-    assert len(Layout(True, width=1).rows(lengths)) == 5  # attention is: rows of 120, not 800 tokens for 520
-    assert len(Layout(True).rows(lengths)) == 1
-
-
-def test_shares_where_it_is_less_work():
-    layout = Layout(True, "where it pays", width=64)
-    assert layout.shares(100, 100, 100) and not layout.shares(10, 100, 100)
-    assert Layout(True, "where it pays").shares(1, 1000, 1000), "what is masked costs nothing"
-    assert not Layout(True, "never").shares(100, 1, 1) and Layout(True, "always", 1).shares(1, 1000, 1000)
 
 
 # ---- what cannot be packed -------------------------------------------------------------------------------------------
@@ -260,9 +272,9 @@ def test_flash_attention_gets_the_boundaries_and_shares_no_prompts(library_log, 
     model = with_loss("llama")
     padded = step(model, make_examples(), PADDED)
     model.set_attn_implementation("varlen_stand_in")
-    assert find_layout([model]) == Layout(True)
-    assert "varlen_stand_in has no mask to share the prompts" in library_log.text
-    assert_same_step(step(model, make_examples(), Layout(True)), padded)
+    assert find_layout([model]) == PACKED
+    assert "FlashAttention has no mask to share the prompts" in library_log.text
+    assert_same_step(step(model, make_examples(), PACKED), padded)
     with pytest.raises(ValueError, match="varlen_stand_in has no mask to share prompts"):
         find_layout([model], shared_prompt=True)
 
@@ -348,7 +360,7 @@ def test_train_weighs_pairs_equally_in_uneven_micro_batches(tokenizer, config, t
     (packed_start, found, *_), packed_way, trainer = one_step(tokenizer, uneven)
     sizes = trainer.get_train_dataloader().batch_sampler.sizes
     assert len(set(sizes)) > 1 and sum(sizes) == 13
-    assert start["layout"] == "padded" and packed_start["layout"] == "packed, prompts shared where it pays"
+    assert start["layout"] == "padded" and packed_start["layout"] == "packed, prompts shared"
     for key in ("loss", "rewards/margins", "entropy", "logps/chosen", "num_tokens", "grad_norm"):
         assert found[key] == pytest.approx(expected[key], rel=1e-4), key
     assert (packed_way - way).norm() < 1e-3 * way.norm()
