@@ -86,7 +86,9 @@ def _sdpa(
     return _by_documents(functools.partial(_causal_sdpa, module, mask.window, kwargs), query, key, value, mask), None
 
 
-def _eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+def _eager(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+) -> tuple[Tensor, Any]:
     function = sys.modules[type(module).__module__].eager_attention_forward  # every model has one of its own
     if not isinstance(mask, Documents):
         return function(module, query, key, value, mask, **kwargs)
@@ -155,9 +157,7 @@ def _causal_eager(function: Function, window: int | None, query: Tensor, key: Te
     return torch.cat(outputs, 1)
 
 
-def _blocks(
-    length: int, window: int, block: int, device: torch.device
-) -> Iterator[tuple[slice, slice, Tensor]]:
+def _blocks(length: int, window: int, block: int, device: torch.device) -> Iterator[tuple[slice, slice, Tensor]]:
     """Queries, the keys that any of them sees, and which sees which, (1, 1, queries, keys)."""
     for start in range(0, length, block):
         end, first = min(start + block, length), max(start - window + 1, 0)

@@ -111,7 +111,7 @@ class HDPOConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Compute a prompt once for chosen and rejected. Default: where the attention implementation can "
-            "(flex_attention, sdpa, eager) and it is less work. True: always. False: never."
+            "(sdpa, eager, flex_attention). True: stop if it cannot. False: never."
         },
     )
     max_tokens_per_batch: int | None = field(

@@ -123,10 +123,13 @@ def _varlen(documents: list[tuple[int, ...]], device: torch.device) -> dict[str,
 
 
 def _flex_mask(places: Places, window: int | None) -> Any:
-    """Segment 3d: what all of document d may see (its prompt, or a whole sequence); 3d + 1: chosen; 3d + 2: rejected."""
+    """Document d has segment 3d for its prompt or its one sequence, 3d + 1 for chosen and 3d + 2 for rejected."""
     position_ids, documents = places[0][0], places[1]
     parts = [(3 * d + part, length) for d, lengths in enumerate(documents) for part, length in enumerate(lengths)]
-    numbers, lengths = (torch.tensor(column, device="cpu").to(position_ids.device, non_blocking=True) for column in zip(*parts, strict=True))
+    numbers, lengths = (
+        torch.tensor(column, device="cpu").to(position_ids.device, non_blocking=True)
+        for column in zip(*parts, strict=True)
+    )
     segments = torch.repeat_interleave(numbers, lengths, output_size=len(position_ids))
     prompts = segments - segments % 3
 
@@ -188,7 +191,9 @@ def find_layout(
         logger.warning(f"{name} gets padded batches, prompts twice: {error}")
         return PADDED
     if layout.packed and not layout.share and shared_prompt is None:
-        logger.warning("FlashAttention has no mask to share the prompts of chosen and rejected; sdpa and flex_attention do")
+        logger.warning(
+            "FlashAttention has no mask to share the prompts of chosen and rejected; sdpa and flex_attention do"
+        )
     return layout
 
 

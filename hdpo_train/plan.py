@@ -24,11 +24,11 @@ from transformers import AutoModelForCausalLM, Trainer
 from hdpo_kernels.gemm import UPCAST_BLOCK
 from hdpo_kernels.lm_head import buffers_for
 from hdpo_kernels.rows.torch import BLOCK_BYTES
+from hdpo_train.attention import can_attend_by_documents
 from hdpo_train.config import HDPOConfig
 from hdpo_train.files import readable
 from hdpo_train.head import HeadTransform, attach_loss, bare, head_of
 from hdpo_train.models import disable_dropout
-from hdpo_train.attention import can_attend_by_documents
 from hdpo_train.packing import Layout, find_layout, lay_out, use_layout
 from hdpo_train.reference import model_inputs
 

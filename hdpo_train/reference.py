@@ -154,7 +154,9 @@ def model_inputs(batch: Mapping, device: torch.device, loss_kwargs: Mapping[str,
         on_device["rows"], on_device["labels"], on_device["cu_seqlens"], on_device.get("ref_logps"), loss_kwargs
     )
     inputs = {"input_ids": on_device["input_ids"], "pairs": pairs}
-    return {**inputs, "places": Places(*(on_device[name] for name in Places._fields))} if "documents" in batch else inputs
+    return (
+        {**inputs, "places": Places(*(on_device[name] for name in Places._fields))} if "documents" in batch else inputs
+    )
 
 
 def _checksum(logps: Tensor) -> str:

@@ -85,7 +85,7 @@ def test_pair_collator_takes_tensors_too():
         torch.testing.assert_close(got[key], value)
 
 
-@pytest.mark.parametrize("layout", [PADDED, Layout(packed=True), Layout(packed=True, share="always")], ids=str)
+@pytest.mark.parametrize("layout", [PADDED, Layout(packed=True), Layout(packed=True, share=True)], ids=str)
 def test_pair_collator_lays_out_on_the_cpu_whatever_the_default_device(layout):
     collator, examples = PairCollator(0, layout), random_examples(5, 3, ref=True)
     expected = collator(examples)

@@ -119,7 +119,7 @@ def test_memory_on_the_host(tmp_path, tokenizer, monkeypatch):
     assert memory.host == 3 * (8 * 256) * 128 * 4  # layers, tokens, hidden size, bytes
     assert out_of_sight.nbytes == 2 * memory.host  # in two steps
     args.gradient_checkpointing_kwargs = args.activation_checkpointing_kwargs = None
-    batch = plan.fullest(args, Layout(packed=True, width=128))
+    batch = plan.fullest(args, Layout(packed=True))
     kept = plan.peak_memory(LLAMA, args, batch, plan.AutoModelForCausalLM.from_config)
     assert kept.host == 0
     assert kept.device["activations"] - memory.device["activations"] > memory.host / 2
@@ -131,8 +131,10 @@ def test_memory_with_an_attention_that_skips_what_is_masked(tmp_path):
     def build(attention):
         return lambda config: plan.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
 
-    flex = plan.peak_memory(LLAMA, args, plan.fullest(args, Layout(packed=True)), build("flex_attention"))
-    assert flex == plan.peak_memory(LLAMA, args, plan.fullest(args, Layout()), build("sdpa"))
+    batch = plan.fullest(args, Layout(packed=True, share=True))
+    assert plan.peak_memory(LLAMA, args, batch, build("flex_attention")) == plan.peak_memory(
+        LLAMA, args, batch, build("sdpa")
+    )
 
 
 def test_fullest_keeps_within_the_budget(tmp_path):
@@ -144,7 +146,7 @@ def test_fullest_keeps_within_the_budget(tmp_path):
     assert fullest(packed, max_prompt_length=32) == (64, 32, 64)
     assert fullest(packed, max_prompt_length=200) == (64, 95, 1)  # a completion has a token
     assert fullest(packed, max_tokens_per_batch=100) == (1, 1, 95)  # a longer pair is a batch of its own
-    for layout in (Layout(), packed, Layout(packed=True, share="always")):
+    for layout in (Layout(), packed, Layout(packed=True, share=True)):
         for budget in (200, 500, 1000, 5000):
             pairs, prompt, completion = fullest(layout, max_tokens_per_batch=budget, max_prompt_length=32)
             tokens = pairs * layout.tokens(prompt, completion, completion)
