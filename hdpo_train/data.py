@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hdpo_train import forms
 from hdpo_train.forms import BadRecord
+from hdpo_train.own_reference import COLUMNS, OF_TRL, own_reference
 from hdpo_train.packing import PADDED, Layout, lay_out
 from hdpo_train.records import described, load_records
 
@@ -52,7 +53,8 @@ def tokenize_pairs(
     num_proc: int | None = None,
     name: str = "train",
 ) -> Dataset:
-    """Turn preference records into token ids: columns prompt_ids, chosen_ids, rejected_ids, and no other.
+    """Turn preference records into token ids: columns prompt_ids, chosen_ids, rejected_ids, and, if the records have
+    them, ref_chosen_logp and ref_rejected_logp (also under TRL's names, ref_chosen_logps and ref_rejected_logps).
 
     A record is one of: prompt, chosen, rejected (strings); chosen and rejected that begin with the same prompt; the
     same two forms as lists of messages, written out by the tokenizer's chat template (which gets the columns `tools`
@@ -102,6 +104,7 @@ def tokenize_pairs(
     where = described(dataset, name)
     form = _form(dataset, tokenizer, where)
     _check_columns(dataset, form, where)
+    logps, bad_logps = own_reference(dataset, where)
     # a batch comes as an Arrow table: datasets' own decoding rounds the numbers in JSON
     map_options: dict[str, Any] = dict(
         batched=True,
@@ -121,7 +124,7 @@ def tokenize_pairs(
     )
     with killed_workers_named("dataset_num_proc", num_proc):
         tokenized = dataset.with_format("arrow").map(_tokenize_batch, **map_options).with_format(None)
-    kinds: list[str | None] = tokenized["bad"][:]
+    kinds: list[str | None] = [kind or other for kind, other in zip(tokenized["bad"], bad_logps, strict=True)]
     good = [index for index, kind in enumerate(kinds) if kind is None]
     repeats: list[bool] = tokenized["repeats"][:]
     if good and all(repeats[index] for index in good):
@@ -131,6 +134,8 @@ def tokenize_pairs(
             where,
         )
     tokenized = tokenized.select_columns(list(_IDS))
+    for column, values in logps.items():
+        tokenized = tokenized.add_column(column, values)
     if len(good) == len(kinds):
         return tokenized
     summary = _summary(kinds, where)
@@ -188,7 +193,7 @@ def _form(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, where: str) -> L
 def _check_columns(dataset: Dataset, form: str, where: str) -> None:
     """Refuse images, video and audio, and name the columns that have no effect."""
     used = {"ids": _IDS, "strings": _TEXTS, "messages": _TEXTS + _OF_TEMPLATES}[form]
-    unused = [column for column in dataset.column_names if column not in used]
+    unused = [column for column in dataset.column_names if column not in (*used, *COLUMNS, *OF_TRL)]
     for column in unused:
         feature = dataset.features[column]
         if (column in _MEDIA or isinstance(getattr(feature, "feature", feature), Audio | Image | Video)) and any(

@@ -29,11 +29,11 @@ from transformers.utils import logging
 from hdpo_train.data import PairCollator
 from hdpo_train.head import PairBatch, bare
 from hdpo_train.models import evaluating
+from hdpo_train.own_reference import COLUMNS
 from hdpo_train.packing import Places
 from hdpo_train.ranks import as_in_training, gathered, shards
 
 logger = logging.get_logger(__name__)
-COLUMNS = ("ref_chosen_logp", "ref_rejected_logp")
 _FORMAT = "1"  # of the cache file
 # what of a config does not change log-probs: where it came from, and what other code sets on it on the way
 _NOT_THE_FUNCTION = (
@@ -62,6 +62,10 @@ def with_reference(
     Raises ValueError if the ranks do not have the same reference and data.
     """
     if set(COLUMNS) <= set(dataset.column_names):
+        logger.warning(
+            f"reference log-probs of the {name} set: taken from its columns {' and '.join(COLUMNS)}; they must be sums "
+            "over the completions, each as long as it is trained on"
+        )
         return dataset
     with (
         gathered(model),

@@ -24,6 +24,7 @@ from hdpo_train.inherited import check_arguments, check_best_metric, check_optim
 from hdpo_train.metrics import batch_sums, finite, means
 from hdpo_train.models import add_adapter, disable_dropout, load_model, load_tokenizer
 from hdpo_train.output_dir import refuse_base_model
+from hdpo_train.own_reference import COLUMNS, OF_TRL
 from hdpo_train.packing import find_layout
 from hdpo_train.ranks import (
     OwnRandomNumbers,
@@ -34,7 +35,7 @@ from hdpo_train.ranks import (
     weights,
 )
 from hdpo_train.records import training_split
-from hdpo_train.reference import COLUMNS, model_inputs, with_reference
+from hdpo_train.reference import model_inputs, with_reference
 from hdpo_train.report import RunReport, mean_loss
 from hdpo_train.resuming import ResumableTrainer
 from hdpo_train.sampler import TokenBudgetSampler
@@ -89,6 +90,9 @@ class HDPOTrainer(ResumableTrainer):
         check_best_metric(args.metric_for_best_model, bool(callbacks))
         if ref_model is not None and ref_model is model:
             raise ValueError("ref_model is the model itself; leave it out to use the policy as it is now as reference")
+        if ref_model is not None:
+            for dataset, kind in ((train_dataset, "train"), (eval_dataset, "eval")):
+                _map_datasets(dataset, _refuse_two_references, kind)
         name = model if isinstance(model, str) else bare(model).config._name_or_path
         if train_dataset is not None:
             refuse_base_model(str(args.output_dir), [name, *map(_source, (ref_model, processing_class))])
@@ -199,12 +203,13 @@ class HDPOTrainer(ResumableTrainer):
         return Path(checkpoint) / f"since_last_log_{self.args.process_index}.pt"
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        if isinstance(eval_dataset, Dataset) and not set(COLUMNS) <= set(eval_dataset.column_names):
-            raise ValueError(
-                "reference log-probs are computed when the trainer is made, while the reference is at hand: "
-                "give this data set as eval_dataset to HDPOTrainer"
-            )
+        _refuse_without_reference(eval_dataset)
         return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Metrics of a data set; there are no predictions. Raises ValueError if it is none of the trainer's own."""
+        _refuse_without_reference(test_dataset)
+        return super().predict(test_dataset, *args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -391,6 +396,22 @@ def _source(part: Any) -> str | None:
     return getattr(part, "name_or_path", None) or getattr(getattr(part, "config", None), "_name_or_path", None)
 
 
+def _refuse_without_reference(dataset: Any) -> None:
+    if isinstance(dataset, Dataset) and not {*COLUMNS, "prompt_ids"} <= set(dataset.column_names):
+        raise ValueError(
+            "reference log-probs are computed when the trainer is made, while the reference is at hand: "
+            "give this data set as eval_dataset to HDPOTrainer"
+        )
+
+
+def _refuse_two_references(dataset: Any, name: str) -> None:
+    if own := [column for column in (*COLUMNS, *OF_TRL) if column in (getattr(dataset, "column_names", None) or ())]:
+        raise ValueError(
+            f"ref_model is given, and the {name} set has reference log-probs of its own: leave ref_model out to use "
+            f"those, or the columns, as in dataset.remove_columns({own})"
+        )
+
+
 def _num_pairs(batch: dict[str, Any]) -> int:
     return len(batch["cu_seqlens"]) // 2
 
@@ -410,7 +431,7 @@ def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0 if pad is None else pad  # padding is masked: any id inside the vocabulary will do
 
 
-def _map_datasets(datasets: Any, function: Callable[[Dataset, str], Dataset], name: str) -> Any:
+def _map_datasets(datasets: Any, function: Callable[[Dataset, str], Any], name: str) -> Any:
     if datasets is None:
         return None
     if isinstance(datasets, dict):

@@ -312,12 +312,12 @@ def test_tokenize_pairs_refuses_arguments(tokenizer, kwargs, message):
 
 
 def test_tokenize_pairs_names_columns_without_effect(tokenizer, chat_tokenizer, caplog):
-    more = {"score_chosen": 0.5, "tools": None, "ref_chosen_logp": -3.0}
+    more = {"score_chosen": 0.5, "tools": None, "source": "web"}
     tokenize([{**GOOD, **more}], tokenizer)
-    assert "Columns of the train data set that have no effect: score_chosen, tools, ref_chosen_logp" in caplog.text
+    assert "Columns of the train data set that have no effect: score_chosen, tools, source" in caplog.text
     caplog.clear()
     tokenize([pair([user("a")], [assistant("b")], [assistant("c")]) | more], chat_tokenizer, name="eval")
-    assert "Columns of the eval data set that have no effect: score_chosen, ref_chosen_logp" in caplog.text
+    assert "Columns of the eval data set that have no effect: score_chosen, source" in caplog.text
     caplog.clear()
     tokenize_pairs(tokenize([GOOD], tokenizer), tokenizer)
     assert caplog.text == ""
