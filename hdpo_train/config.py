@@ -150,7 +150,8 @@ class HDPOConfig(TrainingArguments):
         metadata={"help": "Keywords of from_pretrained for a model given by name (JSON on the CLI)."},
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Delete the other run that output_dir holds instead of refusing to start."}
+        default=False,
+        metadata={"help": "Delete the run that output_dir holds when this one begins to train, instead of refusing."},
     )
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [  # type: ignore[misc]

@@ -139,7 +139,8 @@ def interrupted(output_dir: str, state: TrainerState) -> str:
     """Where a run that was interrupted stands, and how to go on with it."""
     last, _ = look_for_checkpoints(Path(output_dir))
     go_on = f"{last} is whole: --resume_from_checkpoint true goes on from it" if last else "there is no checkpoint yet"
-    return f"interrupted at step {state.global_step} of {state.max_steps}; {go_on}"
+    at = f"at step {state.global_step} of {state.max_steps}" if state.max_steps else "before the first step"
+    return f"interrupted {at}; {go_on}"
 
 
 def last_finite(output_dir: str) -> str:

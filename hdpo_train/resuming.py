@@ -75,11 +75,7 @@ class ResumableTrainer(WholeCheckpoints):
         folder, options = Path(output_dir), self._started_with()
         checkpoint = None
         if str(resume_from).lower() == "true":
-            if self.args.save_only_model:
-                raise ValueError(
-                    "save_only_model leaves checkpoints that cannot be resumed from: leave out save_only_model, or "
-                    "resume_from_checkpoint"
-                )
+            refuse_save_only_model(self.args)
             if all(gather_object([self._is_done(folder, options)])):
                 return self._load_ended_run(folder, options)
             checkpoint, problems = agree(output_dir, gather_object([look(output_dir, *self._rank())]))
@@ -253,7 +249,9 @@ def taken_output_dir(args: Any, names: list[str | None]) -> Iterator[None]:
             lock(output_dir)
             if not resume_from:
                 refuse_other_run(output_dir, args.overwrite_output_dir)
-        if resume_from and str(resume_from).lower() != "true":
+        if str(resume_from).lower() == "true":
+            refuse_save_only_model(args)
+        elif resume_from:
             problem = checkpoint_problem(Path(resume_from), args.process_index, args.world_size)
             refuse_broken(output_dir, resume_from, [problem])
 
@@ -263,6 +261,14 @@ def taken_output_dir(args: Any, names: list[str | None]) -> Iterator[None]:
     finally:
         if args.should_save:
             unlock(output_dir)
+
+
+def refuse_save_only_model(args: TrainingArguments) -> None:
+    if args.save_only_model:
+        raise ValueError(
+            "save_only_model leaves checkpoints that cannot be resumed from: leave out save_only_model, or "
+            "resume_from_checkpoint"
+        )
 
 
 def check_disks(args: TrainingArguments) -> None:

@@ -181,8 +181,8 @@ class HDPOTrainer(ResumableTrainer):
                 self.entropy_control = self._entropy_control(args.target_entropy)
                 self.add_callback(self.entropy_control)
             self.add_callback(RunReport(self.start))
-            if args.enable_jit_checkpoint:
-                StopAtSigterm.instead_of_transformers(self)
+        if args.enable_jit_checkpoint:
+            StopAtSigterm.instead_of_transformers(self)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """And, for a checkpoint between two log lines, what the next line is a mean of: each rank its own."""

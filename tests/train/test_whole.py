@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from hdpo_train import ranks
 from hdpo_train.output_dir import Sight, agree, refuse_base_model, refuse_broken, refuse_other_run
 from hdpo_train.report import METRICS_FILE
 from hdpo_train.run_record import write_record
@@ -115,3 +116,13 @@ def test_refuse_other_run_never_gives_a_model_that_no_run_has_left_to_be_deleted
     (tmp_path / METRICS_FILE).touch()
     names = {path.name for path in refuse_other_run(str(tmp_path), True)}
     assert names == {"model.safetensors", METRICS_FILE}
+
+
+def test_together_raises_on_ranks_that_did_not_fail(monkeypatch):
+    monkeypatch.setattr(ranks, "gather_object", lambda own: [*own, "out holds another run"])  # rank 1's answer
+    with pytest.raises(ValueError, match="rank 1: out holds another run"):
+        ranks.together(lambda: 1)
+    monkeypatch.setattr(ranks, "gather_object", lambda own: [*own, None])
+    assert ranks.together(lambda: 1) == 1
+    with pytest.raises(KeyError, match="own"):
+        ranks.together(lambda: {}["own"])
