@@ -1,5 +1,5 @@
 # make demo   set up, then the quickstart: SFT -> preference pairs -> H-DPO -> before/after table
-# make test   set up, then every test that needs no GPU
+# make test   set up, then every test that needs no GPU; test-minimum: with the oldest versions that are allowed
 # make check  set up, then ruff and mypy
 # make bench  set up, then the benchmarks of this machine, and the README's tables from them
 # make gpu    set up, then what only a GPU can show, within 10 minutes: correctness, time, memory; ARGS=--minutes=20
@@ -7,8 +7,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+MINIMUM ?= .venv-minimum
 
-.PHONY: setup demo test check bench gpu
+.PHONY: setup demo test test-minimum check bench gpu
 setup: $(READY)
 
 # torch first and pinned exactly: resolved together with the rest, pip may download several builds of it.
@@ -23,6 +24,16 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)
+
+test-minimum: $(MINIMUM)/.ready
+	$(MINIMUM)/bin/python -m pytest -m 'not gpu' $(ARGS)
+
+$(MINIMUM)/.ready: pyproject.toml constraints-minimum.txt
+	test -x $(MINIMUM)/bin/python || $(PYTHON) -m venv $(MINIMUM)
+	$(MINIMUM)/bin/python -m pip install -q -c constraints-minimum.txt $(shell grep -h '^torch==' constraints-minimum.txt)
+	$(MINIMUM)/bin/python -m pip install -q -c constraints-minimum.txt -e '.[train,peft,eval]' \
+		pytest pytest-timeout pytest-benchmark
+	touch $@
 
 check: setup
 	$(BIN)/ruff check .
