@@ -4,27 +4,28 @@ spec ── make_checker ──> Checker: (problem, completion) -> bool
 
 gsm8k                   the final number of a solution
 choice                  the letter of multiple choice
-regex:PATTERN, regex    a regular expression, of the spec or of the record
-file.py:f, module:f     a function of yours: f(prompt, completion, record) -> bool
+regex:PATTERN, regex    a regular expression, of the spec or of the record, in hdpo_train.worker
+file.py:f, module:f     a function of yours: f(prompt, completion, record) -> bool, in hdpo_train.worker
 unit_tests              tests of the record (HumanEval's columns), run in hdpo_train.sandbox
 """
 
-import importlib
-import importlib.util
 import math
 import re
 import reprlib
-import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
+
+from transformers.utils import logging
 
 from hdpo_train.answers import chosen_letter, final_number
 from hdpo_train.command_line import did_you_mean
 from hdpo_train.programs import solution
 from hdpo_train.sandbox import Sandbox
+from hdpo_train.worker import Fault, Worker
+
+logger = logging.get_logger(__name__)
 
 
 class Problem(NamedTuple):
@@ -59,25 +60,33 @@ def make_checker(
             "unit_tests": the program and the record's tests run to their end (see `unit_test_program`).
         answer_column: the column of the record that holds the right answer, for gsm8k, choice and regex.
         run_code: allow "unit_tests" to run what the model wrote.
-        timeout: seconds a program may run, for "unit_tests".
+        timeout: seconds that a program, function or regular expression may take for one completion.
         memory_mb: MiB of address space a process of it may have.
         allow_network: run programs where the kernel gives no namespaces, with less protection (see `Sandbox`).
 
+    A program that exceeds its time is wrong. Functions and regular expressions run in a process of their own, which is
+    kept from one completion to the next.
+
     Raises:
-        ValueError: an unknown spec, a pattern or function that cannot be used, or unit_tests without run_code, or on
-            another system than Linux. The checker itself raises it for a record without the right answer, or one that
-            cannot be read, and where the function raises or does not return a bool.
+        ValueError: an unknown spec, a pattern or function that cannot be used, a timeout out of range, or unit_tests
+            without run_code, or on another system than Linux. The checker itself raises it for a record without the
+            right answer, or one that cannot be read; and its subclass Fault where one completion cannot be judged: the
+            function raises, exits, takes too long or returns no bool.
     """
     kind, _, rest = spec.partition(":")
+    if not (timeout > 0 and math.isfinite(timeout)):
+        raise ValueError(f"the timeout of a checker must be a positive number of seconds, not {timeout}")
     if spec == "gsm8k":
         return lambda problem, completion: final_number(completion) == _true_number(problem, answer_column)
     if spec == "choice":
         return lambda problem, completion: chosen_letter(completion) == _true_letter(problem, answer_column)
     if kind == "regex" and rest:
-        pattern = _compiled(rest, f"checker {spec!r}")
-        return lambda problem, completion: pattern.search(completion) is not None
+        _check_pattern(rest, f"checker {spec!r}")
+        search = Worker(f"checker {spec!r}", "re", "search", timeout)
+        return lambda problem, completion: _judged(search, problem, rest, completion)
     if spec == "regex":
-        return lambda problem, completion: _true_pattern(problem, answer_column).search(completion) is not None
+        search = Worker("the regular expression", "re", "search", timeout)
+        return lambda problem, completion: _judged(search, problem, _true_pattern(problem, answer_column), completion)
     if spec == "unit_tests":
         if not run_code:
             raise ValueError(
@@ -85,9 +94,11 @@ def make_checker(
                 "time and memory, but with your rights to files: run_code=True (--run_code) allows it"
             )
         sandbox = Sandbox(timeout=timeout, memory_mb=memory_mb, allow_network=allow_network)
-        return lambda problem, completion: sandbox.finishes(unit_test_program(problem, completion))
+        if not allow_network and sandbox.shows_processes:
+            logger.warning("programs of a model see which processes run here: this kernel cannot give them a /proc")
+        return _unit_test_checker(sandbox)
     if kind and rest and kind != "regex":
-        return _function_checker(spec)
+        return _function_checker(spec, timeout)
     near = did_you_mean(kind, ["gsm8k", "choice", "regex", "unit_tests"])
     raise ValueError(
         f"no such checker: {spec!r}{near}; known are gsm8k, choice, regex:PATTERN, regex, unit_tests, and a function "
@@ -133,16 +144,17 @@ def _true_letter(problem: Problem, column: str) -> str:
     return letter
 
 
-def _true_pattern(problem: Problem, column: str) -> re.Pattern[str]:
+def _true_pattern(problem: Problem, column: str) -> str:
     pattern = _field(problem, column)
     if not isinstance(pattern, str) or not pattern:
         raise ValueError(f"{_named(problem)}: {column!r} must be a regular expression, not {pattern!r}")
-    return _compiled(pattern, _named(problem))
+    _check_pattern(pattern, _named(problem))
+    return pattern
 
 
-def _compiled(pattern: str, whose: str) -> re.Pattern[str]:
+def _check_pattern(pattern: str, whose: str) -> None:
     try:
-        return re.compile(pattern)
+        re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{whose}: {pattern!r} is not a regular expression: {error}") from error
 
@@ -150,47 +162,37 @@ def _compiled(pattern: str, whose: str) -> re.Pattern[str]:
 # --- a function of the user -------------------------------------------------------------------------------------------
 
 
-def _function_checker(spec: str) -> Checker:
-    function = _load_function(spec)
-
-    def check(problem: Problem, completion: str) -> bool:
-        try:
-            right = function(problem.prompt, completion, problem.record)
-        except Exception as error:
-            raise ValueError(f"checker {spec!r} raised {error!r} on {_named(problem)}") from error
-        if not isinstance(right, bool):
-            raise ValueError(f"checker {spec!r} must return a bool, not {right!r}, as it did on {_named(problem)}")
-        return right
-
-    return check
-
-
-def _load_function(spec: str) -> Callable[..., Any]:
+def _function_checker(spec: str, timeout: float) -> Checker:
     where, _, name = spec.rpartition(":")
-    path = Path(where).expanduser()
-    from_file = path.suffix == ".py"
-    if from_file and not path.is_file():
-        raise ValueError(f"checker {spec!r}: there is no file {path}")
+    if where.endswith(".py"):
+        path = Path(where).expanduser()
+        if not path.is_file():
+            raise ValueError(f"checker {spec!r}: there is no file {path}")
+        where = str(path)
+    worker = Worker(f"checker {spec!r}", where, name, timeout)
+    worker.start()  # what cannot be imported is refused at the door
+    return lambda problem, completion: _judged(worker, problem, problem.prompt, completion, problem.record)
+
+
+def _judged(worker: Worker, problem: Problem, *question: Any) -> bool:
     try:
-        module = _import_file(path) if from_file else importlib.import_module(where)
-    except Exception as error:
-        raise ValueError(f"checker {spec!r}: {where} cannot be imported: {error!r}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"checker {spec!r}: {where} has no function {name!r}")
-    return function
-
-
-def _import_file(path: Path) -> ModuleType:
-    name = f"hdpo_checker_{path.stem}"  # not the stem: a file may be called json.py
-    module_spec = importlib.util.spec_from_file_location(name, path)
-    assert module_spec is not None and module_spec.loader is not None  # it ends in .py
-    module = sys.modules[name] = importlib.util.module_from_spec(module_spec)  # dataclasses look for their module there
-    module_spec.loader.exec_module(module)
-    return module
+        return worker.ask(*question)
+    except Fault as fault:
+        raise Fault(fault.kind, fault.what, f" on {_named(problem)}") from None
 
 
 # --- unit tests -------------------------------------------------------------------------------------------------------
+
+
+def _unit_test_checker(sandbox: Sandbox) -> Checker:
+    def check(problem: Problem, completion: str) -> bool:
+        program = unit_test_program(problem, completion)
+        try:
+            return sandbox.finishes(program)
+        except OSError as error:
+            raise Fault("the sandbox did not start", str(error), f" on {_named(problem)}") from error
+
+    return check
 
 
 def unit_test_program(problem: Problem, completion: str) -> str:

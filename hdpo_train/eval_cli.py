@@ -17,7 +17,7 @@ from transformers.utils import logging
 from hdpo_train.checkers import Problem, make_checker
 from hdpo_train.command_line import Parser, check_output_dir
 from hdpo_train.eval_report import draw, drawn, markdown
-from hdpo_train.evaluate import EvalOptions, grade, judge
+from hdpo_train.evaluate import EvalOptions, check_records, grade
 from hdpo_train.files import write_whole
 from hdpo_train.forms import written_rows
 from hdpo_train.generate import Sampler, files_fingerprint
@@ -79,11 +79,9 @@ def run(options: argparse.Namespace) -> list[Evaluation]:
     problems = load_problems(options.prompts, prompt_column=options.prompt_column, limit=options.limit)
     checker = make_checker(
         options.checker, answer_column=options.answer_column, run_code=options.run_code,
-        allow_network=options.allow_network,
+        timeout=options.checker_timeout, allow_network=options.allow_network,
     )  # fmt: skip
-    runs_code = options.checker.split(":")[0] not in ("gsm8k", "choice", "regex")
-    for number, problem in enumerate(problems[:1] if runs_code else problems, 1):
-        judge(checker, problem, "", number)  # are the records what the checker needs?
+    check_records(checker, problems, options.checker)
     ready_made = []
     for path in files:
         samples = read_samples(path, problems, settings.stop)
@@ -223,6 +221,13 @@ def _parser() -> Parser:
     add("limit", "Evaluate the first N prompts only.", type=int, metavar="N")
     add("checker", _CHECKERS, required=True)
     add("run_code", "Let unit_tests run the programs that the model wrote.", action="store_true")
+    add(
+        "checker_timeout",
+        "What a checker may take for one completion; beyond that the completion is wrong.",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+    )
     add(
         "allow_network",
         "Run unit tests even if this kernel cannot isolate them from the network.",

@@ -47,7 +47,8 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
         f"Prompts: {prompts}. In brackets 95 % bootstrap intervals over them: other prompts, not other seeds (one "
         "without width says only that these prompts are all alike)."
     )
-    return "\n".join(lines) + "\n\n" + " ".join([interval, *meaning])
+    faults = [f"\n\n{each.name}: {line}." for each in evaluations if (line := each.faults())]
+    return "\n".join(lines) + "\n\n" + " ".join([interval, *meaning]) + "".join(faults)
 
 
 def drawn(draw: Callable[[Any, Path], None], results: Any, path: Path) -> bool:

@@ -1,6 +1,7 @@
 """A model on prompts whose answers a program checks: samples, judged and scored."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,10 +9,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hdpo_train.checkers import Checker, Problem
+from hdpo_train.checkers import Checker, Problem, unit_test_program
 from hdpo_train.generate import Sampler, SamplingOptions, weights_fingerprint
 from hdpo_train.samples import Sample
-from hdpo_train.scores import Evaluation, Scores, score, sentence_bleu
+from hdpo_train.scores import Evaluation, Scores, Unjudged, score, sentence_bleu
+from hdpo_train.worker import Fault
 
 logger = logging.get_logger(__name__)
 
@@ -80,12 +82,20 @@ def grade(
         share = cut / len(samples)
         logger.warning(f"{name}: {cut} completions ({share:.1%}) did not end within max_new_tokens; judged as they are")
     scores: dict[float, Scores] = {}
+    faults: dict[str, list[int]] = {}  # the prompts of each kind, a number for each completion
     with tqdm(total=len(samples), desc=f"Judging, {name}", unit="sample", leave=False) as progress:
         for temperature, groups in by_temperature.items():
             right = []
             for number, (problem, group) in enumerate(zip(problems, groups, strict=True), 1):
                 different = dict.fromkeys(sample.completion for sample in group)  # each is judged once
-                verdicts = {completion: judge(checker, problem, completion, number) for completion in different}
+                verdicts: dict[str, bool] = {}
+                for completion in different:
+                    try:
+                        verdicts[completion] = judge(checker, problem, completion, number)
+                    except Fault as fault:
+                        verdicts[completion] = False
+                        same = sum(sample.completion == completion for sample in group)
+                        faults.setdefault(fault.kind, []).extend([number] * same)
                 right.append([verdicts[sample.completion] for sample in group])
                 progress.update(len(group))
             known = all(sample.entropy is not None and sample.num_tokens for group in groups for sample in group)
@@ -99,12 +109,52 @@ def grade(
                 self_bleu=options.self_bleu,
                 seed=options.seed,
             )
-    return Evaluation(name, len(problems), scores.pop(0.0, None), scores)
+    unjudged = [Unjudged(kind, len(prompts), min(prompts)) for kind, prompts in faults.items()]
+    unjudged.sort(key=lambda each: -each.completions)
+    evaluation = Evaluation(name, len(problems), scores.pop(0.0, None), scores, tuple(unjudged))
+    if line := evaluation.faults():
+        logger.warning(f"{name}: {line}")
+    return evaluation
+
+
+def check_records(checker: Checker, problems: Sequence[Problem], spec: str) -> None:
+    """Refuse, before a model is loaded, what leaves nothing to judge: ValueError names the first prompt.
+
+    Every record must have what gsm8k, choice, regex or unit_tests needs. A function may fail on some completions: it is
+    refused where it fails in the same way on an empty one, a sentence and texts of the record.
+    """
+    if spec == "unit_tests":
+        for number, problem in enumerate(problems, 1):
+            judge(lambda *of: bool(unit_test_program(*of)), problem, "", number)
+    if spec.split(":")[0] in ("gsm8k", "choice", "regex"):
+        for number, problem in enumerate(problems, 1):
+            with suppress(Fault):
+                judge(checker, problem, "", number)
+        return
+    texts = [value for value in problems[0].record.values() if isinstance(value, str)][:3]
+    tries = [(1, problems[0], text) for text in ("", "The answer is 12.", *texts)]
+    tries += [(number, problem, "") for number, problem in enumerate(problems[1:3], 2)]
+    faults: list[Fault] = []
+    for number, problem, text in tries:
+        try:
+            judge(checker, problem, text, number)
+            return
+        except Fault as fault:
+            faults.append(fault)
+        if faults[-1].what != faults[0].what:
+            return
+    raise ValueError(
+        f"prompt 1: {faults[0]}, and the same on each of {len(tries)} completions that were tried: an empty one, a "
+        "sentence, texts of the record. A checker returns False for a completion that it cannot read"
+    )
 
 
 def judge(checker: Checker, problem: Problem, completion: str, number: int) -> bool:
-    """The checker's verdict; what it raises names the prompt by its number."""
+    """The checker's verdict. Raises Fault where it has none, and ValueError, with the prompt's number, where the record
+    is not what the checker needs."""
     try:
         return bool(checker(problem, completion))
+    except Fault:
+        raise
     except ValueError as error:
         raise ValueError(f"prompt {number}: {error}") from error

@@ -162,8 +162,10 @@ def _generated(record: dict[str, Any]) -> dict[str, Any]:
     """What a line of a `SamplesFile` says of its completion beside the text."""
     kinds = {"num_tokens": int | None, "entropy": int | float | None, "ended": bool | None}
     for key, kind in kinds.items():
-        if not isinstance(record.get(key), kind):
-            raise ValueError(f"{key} must be {str(kind).replace(' |', ' or')}, got {record[key]!r}")
+        value = record.get(key)
+        is_other = isinstance(value, bool) != (key == "ended") and value is not None  # True is an int to Python
+        if is_other or not isinstance(value, kind) or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f"{key} must be {str(kind).replace(' |', ' or')}, got {value!r}")
     return {key: record.get(key) for key in kinds}
 
 

@@ -43,6 +43,14 @@ class Scores:
     entropy: Estimate | None  # nats per generated token of the distribution sampled from; greedy: of temperature 1
 
 
+class Unjudged(NamedTuple):
+    """Completions that the checker could not judge for the same reason; they count as wrong."""
+
+    reason: str
+    completions: int
+    first_prompt: int  # from 1
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Of one model on one set of prompts."""
@@ -51,6 +59,17 @@ class Evaluation:
     num_prompts: int
     greedy: Scores | None  # temperature 0, one sample
     sampled: dict[float, Scores]  # by temperature
+    unjudged: tuple[Unjudged, ...] = ()  # the most frequent reason first
+
+    def faults(self) -> str | None:
+        """A line about the completions that could not be judged; None where all were."""
+        if not self.unjudged:
+            return None
+        every = [*([self.greedy] if self.greedy else []), *self.sampled.values()]
+        total = self.num_prompts * sum(scores.num_samples for scores in every)
+        reasons = [f"{each.completions} × {each.reason} (first: prompt {each.first_prompt})" for each in self.unjudged]
+        number = sum(each.completions for each in self.unjudged)
+        return f"{number} of {total} completions could not be judged, and count as wrong: {', '.join(reasons)}"
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(as_json(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -180,8 +199,10 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
     """Of objects, numbers and strings; an estimate is {"value", "low", "high"}."""
 
     def plain(value: Any) -> Any:
-        if isinstance(value, Estimate):
+        if isinstance(value, Estimate | Unjudged):
             return value._asdict()
+        if isinstance(value, tuple):
+            return [plain(part) for part in value]
         if isinstance(value, Scores):
             return {name: plain(part) for name, part in vars(value).items()}
         if isinstance(value, dict):
@@ -220,6 +241,7 @@ def from_json(data: dict[str, Any]) -> Evaluation:
         num_prompts=data["num_prompts"],
         greedy=None if data["greedy"] is None else scores(data["greedy"]),
         sampled={float(temperature): scores(part) for temperature, part in data["sampled"].items()},
+        unjudged=tuple(Unjudged(**each) for each in data.get("unjudged", ())),
     )
 
 

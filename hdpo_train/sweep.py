@@ -33,7 +33,7 @@ from hdpo_train.checkers import Checker, Problem, make_checker
 from hdpo_train.command_line import Parser, UsageError, check_output_dir
 from hdpo_train.config import HDPOConfig, ScriptArguments
 from hdpo_train.eval_cli import DEFAULT_K, load_problems
-from hdpo_train.evaluate import EvalOptions, evaluate, judge
+from hdpo_train.evaluate import EvalOptions, check_records, evaluate
 from hdpo_train.files import contents_digest, write_whole
 from hdpo_train.lock import LOCK_FILE, locked
 from hdpo_train.models import load_model, load_tokenizer
@@ -317,6 +317,8 @@ class _Job:
             replace(plan.evaluation, temperatures=self.temperatures, seed=self.seed),
             name=self.name, samples_file=self.folder / SAMPLES_FILE,
         )  # fmt: skip
+        if line := evaluation.faults():
+            print(f"{self.name}: {line}")
         partial = _partial(self.folder / EVALUATION_FILE)
         evaluation.save(partial)
         os.replace(partial, self.folder / EVALUATION_FILE)
@@ -384,11 +386,10 @@ def main(argv: list[str]) -> None:
             )
         checker = make_checker(
             options.checker, answer_column=options.answer_column, run_code=options.run_code,
-            allow_network=options.allow_network,
+            timeout=options.checker_timeout, allow_network=options.allow_network,
         )  # fmt: skip
         problems = load_problems(options.prompts, prompt_column=options.prompt_column)
-        for number, problem in enumerate(problems if options.checker != "unit_tests" else problems[:1], 1):
-            judge(checker, problem, "", number)  # are the records what the checker needs?
+        check_records(checker, problems, options.checker)
         source, max_new_tokens, batch_size = OwnModel(*own, checker, problems), 256, 64
     else:
         settings = quickstart.Settings()
@@ -453,6 +454,8 @@ def _parser() -> Parser:
     add("--prompt_column", default="prompt", metavar="COLUMN", help="Column that holds the prompts [prompt]")
     add("--answer_column", default="answer", metavar="COLUMN", help="Column that holds the right answers [answer]")
     add("--run_code", action="store_true", help="Let unit_tests run the programs that the model wrote")
+    add("--checker_timeout", type=float, default=10.0, metavar="SECONDS",
+        help="What a checker may take for one completion, which is wrong beyond that [10]")  # fmt: skip
     add(
         "--allow_network",
         action="store_true",

@@ -10,6 +10,7 @@ import pytest
 from hdpo_train.answers import chosen_letter, final_number
 from hdpo_train.checkers import Problem, make_checker, unit_test_program
 from hdpo_train.sandbox import Sandbox
+from hdpo_train.worker import Fault
 
 FOLDER = Path(__file__).parents[3] / "shared" / "data"
 
@@ -229,6 +230,28 @@ def test_function_that_fails_names_the_problem(file):
         right(f"{file}:broken", "12")
     with pytest.raises(ValueError, match=r"must return a bool, not 1, as it did on the problem 'How many\?'"):
         right(f"{file}:number", "12")
+
+
+def test_checkers_have_a_time_limit(file):
+    file.write_text(f"{file.read_text()}\ndef slow(*_):\n    while True: pass\n")
+    for spec, completion in ((f"{file}:slow", ""), ("regex:(a+)+$", "a" * 40 + "!"), ("regex", "a" * 40 + "!")):
+        check = make_checker(spec, timeout=0.3)
+        with pytest.raises(Fault, match=r"took longer than 0\.3 s on the problem 'How many"):
+            check(Problem("How many?", {"answer": "(a|aa)+$"}), completion)
+    for timeout in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"timeout of a checker must be a positive .*, not {timeout}"):
+            make_checker("gsm8k", timeout=timeout)
+
+
+def test_unit_tests_sandbox_that_does_not_start_is_a_fault(monkeypatch):
+    def fails(sandbox, program):
+        raise OSError("out of processes")
+
+    monkeypatch.setattr(Sandbox, "finishes", fails)
+    check = make_checker("unit_tests", run_code=True, allow_network=True)
+    with pytest.raises(Fault, match="out of processes on the problem") as fault:
+        check(Problem(PROMPT, RECORD), "")
+    assert fault.value.kind == "the sandbox did not start"
 
 
 def test_function_refused_at_the_door(file, tmp_path):

@@ -113,6 +113,27 @@ def test_eval_stop_cuts_ready_made_samples_at_a_line_break(folder):
     assert results(folder)[0].sampled[1.0].accuracy.value == 1
 
 
+def test_eval_counts_completions_that_a_function_cannot_judge(folder, capsys):
+    (folder / "checks.py").write_text(
+        "import os\n"
+        "def check(prompt, completion, record):\n"
+        "    if completion == '8': os._exit(0)\n"
+        "    if completion == '9': exit()\n"
+        "    return {'0': True, '': False}[completion]\n"
+    )
+    write(folder / "vllm.jsonl", [{"prompt": r["prompt"], "completions": ["0", "8", "9", "x"]} for r in PROMPTS])
+    options = {"samples": folder / "vllm.jsonl", "checker": f"{folder}/checks.py:check", "checker_timeout": 5}
+    main(words(folder, **options))
+    (evaluation,) = results(folder)
+    assert evaluation.sampled[1.0].accuracy.value == 0.25
+    assert {(each.completions, each.first_prompt) for each in evaluation.unjudged} == {(4, 1)}
+    line = "vllm: 12 of 16 completions could not be judged, and count as wrong: 4 × the checker ended its process (exit"
+    assert line in capsys.readouterr().out and line in (folder / "out" / "results.md").read_text(encoding="utf-8")
+    (folder / "checks.py").write_text("def check(prompt, completion, record): return record['label'] == completion\n")
+    message = refused(words(folder, **options), capsys)
+    assert "raised KeyError('label')" in message and "the same on each of" in message
+
+
 def test_eval_reads_other_columns_and_limits(models, folder):
     main(words(folder, model_name_or_path=models / "before", prompt_column="question", limit=2, temperatures=[]))
     (evaluation,) = results(folder)

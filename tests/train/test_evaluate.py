@@ -4,9 +4,12 @@ import math
 
 import pytest
 
-from hdpo_train.checkers import Problem
-from hdpo_train.evaluate import EvalOptions, evaluate, grade
+from hdpo_train.checkers import Problem, make_checker
+from hdpo_train.eval_report import markdown
+from hdpo_train.evaluate import EvalOptions, check_records, evaluate, grade
 from hdpo_train.samples import Sample
+from hdpo_train.scores import Evaluation, Unjudged
+from hdpo_train.worker import Fault
 from tests.train.tiny import make_chain, make_model
 
 OPTIONS = EvalOptions(num_samples=8, k=(1, 4), max_new_tokens=4, batch_size=1024, self_bleu=False)
@@ -74,6 +77,65 @@ def test_grade_says_how_many_completions_were_cut(monkeypatch):
         samples = [Sample(0, 1.0, i, "a", ended=end) for i, end in enumerate(ends)]
         grade("m", [Problem("x", {})], lambda *_: True, samples, EvalOptions(num_samples=2, k=(), self_bleu=False))
     assert warnings == ["m: 1 completions (50.0%) did not end within max_new_tokens; judged as they are"]
+
+
+def test_grade_counts_and_names_what_could_not_be_judged(monkeypatch, tmp_path):
+    def checker(problem, completion):
+        if completion in problem.record["odd"]:
+            raise Fault(f"the checker raised {completion}", "and more")
+        return completion == "b"
+
+    warnings = []
+    monkeypatch.setattr("hdpo_train.evaluate.logger.warning", warnings.append)
+    problems = [Problem("x", {"odd": "K"}), Problem("y", {"odd": "Zb"}), Problem("z", {"odd": "Z"})]
+    texts = ("bbKb", "ZbZa", "bZab")  # 3 right, then none, then 2, of 4 each
+    samples = [Sample(p, 1.0, i, text) for p in range(3) for i, text in enumerate(texts[p])]
+    samples += [Sample(p, 0.0, 0, text) for p, text in enumerate("bZb")]
+    result = grade("m", problems, checker, samples, EvalOptions(num_samples=4, k=(), self_bleu=False))
+    assert result.sampled[1.0].accuracy.value == pytest.approx(5 / 12) and result.greedy.accuracy.value == 2 / 3
+    z, k, b = (f"the checker raised {letter}" for letter in "ZKb")
+    assert result.unjudged == (Unjudged(z, 4, 2), Unjudged(k, 1, 1), Unjudged(b, 1, 2))
+    line = f"6 of 15 completions could not be judged, and count as wrong: 4 × {z} (first: prompt 2), 1 × {k} (first: "
+    assert len(warnings) == 1 and warnings[0].startswith(f"m: {line}prompt 1), ")
+    assert f"m: {line}" in markdown([result])
+    result.save(tmp_path / "evaluation.json")
+    assert Evaluation.load(tmp_path / "evaluation.json") == result
+    assert '"reason": "the checker raised Z",\n      "completions": 4' in (tmp_path / "evaluation.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("reads", "message"),
+    [
+        (lambda text: text["x"], "prompt 1: TypeError.*the same on each of 5 completions"),
+        (lambda text: int(text), None),  # a record's text is read
+        (lambda text: text.split()[2] == "is", None),  # a sentence is
+        (lambda text: {"": 1}[text] == 1, None),  # an empty one is
+        (lambda text: {}[text], None),  # fails in other ways: who knows
+    ],
+)
+def test_check_records_refuses_a_function_that_fails_always_in_the_same_way(reads, message):
+    def checker(problem, completion):
+        try:
+            return bool(reads(completion))
+        except Exception as error:
+            raise Fault(type(error).__name__, repr(error), f" on {problem.prompt}") from None
+
+    problems = [Problem(prompt, {"prompt": prompt, "answer": "12"}) for prompt in ("How many?", "And now?")]
+    if message is None:
+        check_records(checker, problems, "file.py:function")
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_records(checker, problems, "file.py:function")
+
+
+def test_check_records_reads_every_record():
+    record = {"answer": "12", "test": "def check(f): pass", "entry_point": "f"}
+    problems = [Problem("x", record), Problem("y", record), Problem("z", {"prompt": "z"})]
+    for spec, missing in {"gsm8k": "answer", "regex": "answer", "unit_tests": "test"}.items():
+        checker = make_checker(spec) if spec != "unit_tests" else lambda *_: False
+        with pytest.raises(ValueError, match=f"prompt 3: the problem 'z' has no '{missing}'"):
+            check_records(checker, problems, spec)
+        check_records(checker, problems[:2], spec)
 
 
 def test_grade_refuses_ragged_samples_and_names_the_prompt_of_a_bad_record():

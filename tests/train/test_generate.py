@@ -84,7 +84,7 @@ def test_sampler_stop_ends_a_completion_and_counts_as_the_end_does(tokenizer):
 
 
 def test_sampler_stop_only_shortens_what_is_drawn(tokenizer):
-    model, options = make_model(spread=5.0), replace(OPTIONS, temperatures=(1,), num_samples=16, max_new_tokens=24)
+    model, options = make_model(spread=5.0), replace(OPTIONS, temperatures=(1,), num_samples=8, max_new_tokens=16)
     whole = Sampler(PROBLEMS, tokenizer, options).run(model)
     stop = ("wind", "in", "o", "u", "Q")
     cut = Sampler(PROBLEMS, tokenizer, replace(options, stop=stop)).run(model)
@@ -266,6 +266,10 @@ def test_encode_writes_messages_by_the_chat_template(tokenizer):
     )
     problem = Problem([{"role": "user", "content": "sun?"}], {"tools": '[{"name": "T"}]'})
     assert chat.decode(encode([problem], chat)[0]) == "Tuser: sun?\nbot:"
+    for broken in ("{% for i in range(10 ** 9) %}{% endfor %}", "{{ 1 // 0 }}", "{{ messages[7].role.x }}"):
+        chat.chat_template = broken  # OverflowError and ZeroDivisionError are no errors of Jinja's
+        with pytest.raises(ValueError, match="prompt 1: the chat template refuses the messages"):
+            encode([problem], chat)
     with pytest.raises(ValueError, match="prompt 2 is of chat messages, but the tokenizer has no chat template"):
         encode([PROBLEMS[0], problem], tokenizer)
     for wrong in ([], [{"content": "x"}]):

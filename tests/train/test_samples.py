@@ -132,6 +132,11 @@ def test_read_samples_with_stop_cuts_and_forgets_what_no_longer_holds(tmp_path):
         ('{"prompt": 0, "completions": "abc"}', "a list of strings"),
         ('{"prompt": 0, "completion": "x", "temperature": -1}', "temperature must be a number from 0 on, got -1"),
         ('{"prompt": 0, "completion": "x", "temperature": NaN}', "temperature must be"),
+        ('{"prompt": 0, "completion": "x", "temperature": true}', "temperature must be a number from 0 on, got True"),
+        ('{"prompt": true, "completion": "x"}', "the prompt 'True' is not in the file"),
+        ('{"prompt": 0.0, "completion": "x"}', "the prompt '0.0' is not in the file"),
+        ('{"prompt": {"a": [1]}, "completion": "x"}', "is not in the file"),
+        ("[" * 100_000, "line 2: "),
         ('{"prompt": 3, "completion": "x"}', "the prompt '3' is not in the file of 3 prompts"),
         ('{"prompt": "other", "completion": "x"}', "the prompt 'other' is not in the file"),
     ],
@@ -140,6 +145,37 @@ def test_read_samples_names_the_line(line, message, tmp_path):
     (tmp_path / "samples.jsonl").write_text(f'{{"prompt": 0, "completion": ""}}\n{line}\n')
     with pytest.raises(ValueError, match=message):
         read_samples(tmp_path / "samples.jsonl", PROBLEMS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_tokens", "3"), ("num_tokens", 2.5), ("num_tokens", True), ("entropy", "low"), ("entropy", float("nan")),
+        ("entropy", [1]), ("ended", 1), ("ended", "yes"), ("completion", 5), ("completion", None),
+    ],
+)  # fmt: skip
+def test_samples_of_our_own_with_a_value_of_another_type_are_refused(name, value, tmp_path):
+    header = {**HEADER, "prompts": digest([problem.prompt for problem in PROBLEMS])}
+    file = SamplesFile(tmp_path / "samples.jsonl", header, BATCHES)
+    for batch in BATCHES:
+        file.append(draw(batch))
+    lines = file.path.read_text(encoding="utf-8").split("\n")
+    lines[3] = json.dumps({**json.loads(lines[3]), name: value})
+    file.path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"line 4: .*{name}"):
+        read_samples(file.path, PROBLEMS)
+    with pytest.raises(ValueError, match=f"is no sample \\({name} must be "):
+        SamplesFile(file.path, header, BATCHES)
+
+
+def test_read_samples_refuses_a_torn_archive_and_a_header_without_prompts(tmp_path):
+    path = tmp_path / "samples.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"prompt": 0, "completion": "x"}\n' * 99)[:-12])
+    with pytest.raises(ValueError, match=r"samples.jsonl.gz is damaged: "):
+        read_samples(path, PROBLEMS)
+    path.write_bytes(gzip.compress(b'{"format": "hdpo samples 1"}\n'))
+    with pytest.raises(ValueError, match="line 1: these are samples of other prompts"):
+        read_samples(path, PROBLEMS)
 
 
 def test_read_samples_refuses_ambiguous_prompts_and_empty_files(tmp_path):
