@@ -1,5 +1,6 @@
 """The command line: hdpo-train (= python -m hdpo_train; accelerate launch -m hdpo_train …)."""
 
+import copy
 import gc
 import importlib
 import io
@@ -127,10 +128,15 @@ def make_trainer(script: ScriptArguments, args: HDPOConfig) -> HDPOTrainer:
         raise ValueError(
             "--model_name_or_path and --dataset_name are needed to train (with no option at all: the quickstart)"
         )
+    if args.hub_model_id is not None and not args.push_to_hub:
+        raise ValueError(f"--hub_model_id {args.hub_model_id} has no effect without --push_to_hub")
     set_seed(args.seed)
     train_records = load_records(script.dataset_name, script.dataset_train_split, script.dataset_config)
     eval_records = None
     if script.eval_dataset_name or script.dataset_test_split:
+        if args.eval_strategy == "no" and not args.eval_on_start:
+            given = "--eval_dataset_name" if script.eval_dataset_name else "--dataset_test_split"
+            raise ValueError(f"{given} would never be evaluated: say when by --eval_strategy epoch or steps")
         source = script.eval_dataset_name or script.dataset_name
         eval_records = load_records(source, script.dataset_test_split or "train", script.dataset_config)
     elif args.eval_strategy != "no":
@@ -143,6 +149,8 @@ def make_trainer(script: ScriptArguments, args: HDPOConfig) -> HDPOTrainer:
         init_kwargs["attn_implementation"] = script.attn_implementation
     if isinstance(args.model_init_kwargs, dict):
         init_kwargs |= args.model_init_kwargs
+        args = copy.copy(args)
+        args.model_init_kwargs = None  # the model takes them along
     return HDPOTrainer(
         model=load_model(script.model_name_or_path, init_kwargs),
         args=args,

@@ -1,6 +1,6 @@
 """What a run can be told: HDPOConfig for the trainer, ScriptArguments for what only the command line needs."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -264,3 +264,9 @@ class ScriptArguments:
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Modules that get an adapter. Default: all linear layers but the head."}
     )
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name.startswith("lora_") and value != each.default and not self.use_peft:
+                raise ValueError(f"{each.name}={value!r} has no effect without use_peft: set that, or leave it out")

@@ -55,7 +55,7 @@ class ResumableTrainer(WholeCheckpoints):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; resume_from_checkpoint: a checkpoint folder, or True for the last whole one in output_dir (from the
-        beginning if there is none; a run that has ended is loaded and left as it is).
+        beginning if there is none; a run that has ended is loaded and left as it is). Default: that of the config.
 
         output_dir is locked until `save_model` is done, training fails, or the process ends.
 
@@ -65,6 +65,8 @@ class ResumableTrainer(WholeCheckpoints):
         KeyboardInterrupt say how to go on.
         """
         output_dir = str(self.args.output_dir)
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
         check_disks(self.args)
         together(self._take_folder)
         with self._says_how_to_go_on(), self._stop_at_sigterm():

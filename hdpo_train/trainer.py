@@ -90,6 +90,8 @@ class HDPOTrainer(ResumableTrainer):
         check_best_metric(args.metric_for_best_model, bool(callbacks))
         if ref_model is not None and ref_model is model:
             raise ValueError("ref_model is the model itself; leave it out to use the policy as it is now as reference")
+        if args.model_init_kwargs and not isinstance(model, str):
+            raise ValueError(f"model_init_kwargs={args.model_init_kwargs!r} come too late for a model: give its name")
         if ref_model is not None:
             for dataset, kind in ((train_dataset, "train"), (eval_dataset, "eval")):
                 _map_datasets(dataset, _refuse_two_references, kind)
@@ -298,6 +300,8 @@ class HDPOTrainer(ResumableTrainer):
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            in_order=args.dataloader_in_order,
             generator=torch.Generator(),  # torch's own is left as it is: it drew nothing for these batches
         )
         return self.accelerator.prepare(loader)

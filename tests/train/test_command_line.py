@@ -174,7 +174,8 @@ def test_main_names_the_file_and_the_line_of_an_option(content, words, tmp_path,
 def test_options_of_a_file_are_read_as_they_are_written(tmp_path):
     lines = {
         "save_strategy": "no", "use_cpu": "on", "max_length": "null", "report_to": "[none]", "target_entropy": "0.9",
-        "learning_rate": "5e-7", "model_init_kwargs": "{a: 1}", "lora_target_modules": "q_proj", "run_name": "yes",
+        "learning_rate": "5e-7", "model_init_kwargs": "{a: 1}", "lora_target_modules": "q_proj", "use_peft": "yes",
+        "run_name": "yes",
     }  # fmt: skip
     (tmp_path / "run.yaml").write_text("".join(f"{name}: {value}\n" for name, value in lines.items()))
     script, args = parse_options(["run.yaml", "--learning_rate", "1e-7"])

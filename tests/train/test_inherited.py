@@ -179,3 +179,24 @@ def test_init_takes_optimizers_by_name_class_and_argument(tokenizer, config):
     trainer.train()
     assert isinstance(trainer.optimizer.optimizer, torch.optim.SGD) and trainer.optimizer.defaults["momentum"] == 0.5
     make_trainer(config(metric_for_best_model="eval_rewards/margins"), tokenizer)
+
+
+def test_init_refuses_model_init_kwargs_for_a_model_that_is_there(tokenizer, config):
+    with pytest.raises(ValueError, match=r"model_init_kwargs=\{'dtype': 'bfloat16'\} come too late"):
+        make_trainer(config(model_init_kwargs={"dtype": "bfloat16"}), tokenizer)
+
+
+def test_train_resumes_where_the_config_says_so(tokenizer, config):
+    make_trainer(config(save_strategy="steps", save_steps=2), tokenizer).train()
+    trainer = make_trainer(config(max_steps=5, resume_from_checkpoint="true"), tokenizer)
+    trainer.train()
+    assert [line["step"] for line in trainer.state.log_history if "loss" in line] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("options", [{}, {"max_tokens_per_batch": 120}], ids=["pairs", "tokens"])
+def test_train_loader_takes_every_option_of_its_workers(options, tokenizer, config):
+    workers = {"multiprocessing_context": "spawn", "in_order": False, "prefetch_factor": 3, "num_workers": 1}
+    args = config(**options, **{f"dataloader_{name}": value for name, value in workers.items()})
+    loader = make_trainer(args, tokenizer).get_train_dataloader()
+    assert loader.multiprocessing_context.get_start_method() == "spawn"
+    assert (loader.in_order, loader.prefetch_factor, loader.num_workers) == (False, 3, 1)

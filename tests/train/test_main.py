@@ -138,6 +138,15 @@ def test_main_names_the_line_of_malformed_json(folder, capsys):
         ({"model_name_or_path": "/nowhere/model"}, "/nowhere/model"),
         ({"resume_from_checkpoint": "/nowhere/checkpoint-1"}, "/nowhere/checkpoint-1: no such folder"),
         ({"eval_strategy": "steps"}, "--eval_dataset_name"),
+        (
+            {"eval_dataset_name": "more.jsonl"},
+            "--eval_dataset_name would never be evaluated: say when by",
+        ),
+        ({"hub_model_id": "me/model"}, "--hub_model_id me/model has no effect without --push_to_hub"),
+        ({"lora_r": 4}, "lora_r=4 has no effect without use_peft"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be a positive whole number, got 0"),
+        ({"alpha": 1e308}, "alpha must be from 1e-9 to 1e9 (what fp32 can hold), got 1e+308"),
+        ({"report_to": "carrier_pigeon"}, "report_to='carrier_pigeon' is not known"),
     ],
 )
 def test_main_refuses_with_the_value_and_the_way_out(options, words, folder, capsys):

@@ -133,3 +133,16 @@ def test_train_stops_at_a_nan_loss(tokenizer, config):
     model.model.norm.register_forward_hook(poison)
     with pytest.raises(FloatingPointError, match="loss is nan at step 2"):
         trainer.train()
+
+
+def test_train_names_the_file_of_metrics_that_a_full_disk_refuses(tokenizer, config):
+    args = config(max_steps=2)
+
+    class FullDisk(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            path = Path(args.output_dir) / "metrics.jsonl"
+            path.unlink()
+            path.symlink_to("/dev/full")
+
+    with pytest.raises(OSError, match=r"out/metrics.jsonl could not be written \(No space left on device\); make room"):
+        make_trainer(args, tokenizer, callbacks=[FullDisk()]).train()
