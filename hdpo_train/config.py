@@ -114,6 +114,13 @@ class HDPOConfig(TrainingArguments):
             "(sdpa, eager, flex_attention). True: stop if it cannot. False: never."
         },
     )
+    tiled_mlp: bool = field(
+        default=False,
+        metadata={
+            "help": "Run MLPs on 4,096 tokens at a time, and again in backward: less memory for long sequences, for "
+            "more time."
+        },
+    )
     max_tokens_per_batch: int | None = field(
         default=None,
         metadata={

@@ -31,6 +31,7 @@ from hdpo_train.head import HeadTransform, attach_loss, bare, head_of
 from hdpo_train.models import disable_dropout
 from hdpo_train.packing import Layout, find_layout, lay_out, use_layout
 from hdpo_train.reference import model_inputs
+from hdpo_train.tiles import tile_mlps
 
 _KINDS = {
     "weights": ("Parameter", "Buffer"), "gradients": ("Gradient",), "optimizer": ("Optstate",),
@@ -289,6 +290,8 @@ def _prepare(model: Any, args: HDPOConfig, layout: Layout, fake: bool = False) -
     if args.disable_dropout:
         disable_dropout(model)
     use_layout(bare(model), layout)
+    if args.tiled_mlp:
+        tile_mlps(bare(model))
     # a softcap or scale costs nothing here, and finding it needs numbers
     attach_loss(bare(model), HeadTransform(None, 1.0))
     model.train()

@@ -40,6 +40,7 @@ from hdpo_train.report import RunReport, mean_loss
 from hdpo_train.resuming import ResumableTrainer
 from hdpo_train.sampler import TokenBudgetSampler
 from hdpo_train.sigterm import StopAtSigterm
+from hdpo_train.tiles import tile_mlps
 
 logger = logging.get_logger(__name__)
 
@@ -154,6 +155,8 @@ class HDPOTrainer(ResumableTrainer):
                 each.to(args.device)
             with gathered(each):
                 attach_loss(bare(each))
+                if args.tiled_mlp:
+                    tile_mlps(bare(each))
         with contextlib.ExitStack() as stack:
             for each in models:
                 stack.enter_context(gathered(each))
