@@ -34,7 +34,7 @@ def test_tile_mlps_has_one_tile_inside_an_mlp(monkeypatch):
     tile_mlps(model)
     seen.clear()
     step(model, make_examples(count=1, prompt=(20, 20), completion=(3, 3)), SHARED)  # 26 tokens
-    assert [shape[1] for shape in seen] == [7, 7, 7, 5] + [5, 7, 7, 7], "forward, then backward"
+    assert [shape[1] for shape in seen] == [7, 7, 7, 5, 5, 7, 7, 7], "forward, then backward"
 
 
 @pytest.mark.parametrize(
