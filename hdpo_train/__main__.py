@@ -4,6 +4,7 @@ import copy
 import gc
 import importlib
 import io
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from hdpo_train.command_line import UsageError, did_you_mean, end, run_command
 from hdpo_train.config import HDPOConfig, ScriptArguments
 from hdpo_train.data import load_records
-from hdpo_train.models import add_adapter, load_model, load_tokenizer, reading
+from hdpo_train.models import adapter_configs, add_adapter, import_peft, load_model, load_tokenizer, reading
 from hdpo_train.options import TrainingParser, is_file_of_options, parse_options
 from hdpo_train.report import METRICS_FILE, REPORT_FILE
 from hdpo_train.resuming import taken_output_dir
@@ -151,13 +152,17 @@ def make_trainer(script: ScriptArguments, args: HDPOConfig) -> HDPOTrainer:
         init_kwargs |= args.model_init_kwargs
         args = copy.copy(args)
         args.model_init_kwargs = None  # the model takes them along
+    model = load_model(script.model_name_or_path, init_kwargs)
+    adapters = adapter_configs(model)
+    for adapter in adapters.values():
+        _check_lora(script, adapter, args.disable_dropout)
     return HDPOTrainer(
-        model=load_model(script.model_name_or_path, init_kwargs),
+        model=model,
         args=args,
         train_dataset=train_records,
         eval_dataset=eval_records,
         processing_class=tokenizer,
-        peft_config=_lora(script) if script.use_peft else None,
+        peft_config=_lora(script) if script.use_peft and not adapters else None,
     )
 
 
@@ -186,17 +191,39 @@ def plan(script: ScriptArguments, args: HDPOConfig) -> None:
 
 
 def _lora(script: ScriptArguments) -> Any:
-    try:
-        from peft import LoraConfig
-    except ImportError:
-        raise ValueError("--use_peft needs the peft package: pip install 'hdpo[train,peft]'") from None
-    return LoraConfig(
-        r=script.lora_r,
-        lora_alpha=script.lora_alpha,
-        lora_dropout=script.lora_dropout,
-        target_modules=script.lora_target_modules or "all-linear",
-        task_type="CAUSAL_LM",
-    )
+    """A LoraConfig of the options; what is not given is peft's for every linear layer."""
+    options = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    return import_peft("--use_peft").LoraConfig(**{**options, **_given_lora(script)})
+
+
+def _given_lora(script: ScriptArguments) -> dict[str, Any]:
+    modules: Any = script.lora_target_modules
+    if modules and len(modules) == 1 and (modules[0] == "all-linear" or re.search(r"[^\w.]", modules[0])):
+        (modules,) = modules  # a word of peft's, or a regular expression; a module's name goes in a list
+    given = {
+        "r": script.lora_r,
+        "lora_alpha": script.lora_alpha,
+        "lora_dropout": script.lora_dropout,
+        "target_modules": modules,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _check_lora(script: ScriptArguments, own: Any, disable_dropout: bool) -> None:
+    """Raise ValueError for --lora_* options that are not those of the adapter that the model has already."""
+    for name, value in _given_lora(script).items():
+        option = f"--lora_{name.removeprefix('lora_')}"
+        has = getattr(own, name, None)
+        if has != (set(value) if isinstance(has, set) and isinstance(value, list) else value):
+            raise ValueError(
+                f"{option} is {value}, but {script.model_name_or_path} is an adapter with {has}, which this run trains "
+                f"on: leave out {option}; or merge the adapter into its base model, save it, and add a new one to that"
+            )
+        if name == "lora_dropout" and value and disable_dropout:
+            raise ValueError(
+                f"{option} {value} on an adapter that has been trained makes the policy differ from its reference "
+                f"before training: leave out {option}, or keep every dropout by --disable_dropout false"
+            )
 
 
 if __name__ == "__main__":

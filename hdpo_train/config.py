@@ -264,12 +264,21 @@ class ScriptArguments:
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2 …"})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that comes with the model."})
-    use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters; the base model is the reference."})
-    lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
-    lora_alpha: int = field(default=32, metadata={"help": "LoRA scale."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
+    use_peft: bool = field(
+        default=False,
+        metadata={
+            "help": "Train LoRA adapters; the base model is the reference. A model that is an adapter is trained on."
+        },
+    )
+    lora_r: int | None = field(default=None, metadata={"help": "LoRA rank. Default: 16."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "LoRA scale. Default: 32."})
+    lora_dropout: float | None = field(default=None, metadata={"help": "LoRA dropout. Default: 0."})
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules that get an adapter. Default: all linear layers but the head."}
+        default=None,
+        metadata={
+            "help": "Modules that get an adapter: their names, or one regular expression. Default: all linear layers "
+            "but the head."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -9,10 +9,11 @@ Neither needs a mask of R × R entries: sdpa and eager attend by documents (see 
 varlen interface, FlexAttention by a block mask. Sliding windows count positions within the sequence, not in the row.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, count, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +23,11 @@ from transformers.masking_utils import flex_attention_mask
 from transformers.utils import logging
 
 from hdpo_train.attention import Documents, attend_by_documents, attends_by_documents, can_attend_by_documents
-from hdpo_train.models import backbone_of, evaluating
+from hdpo_train.models import backbone_of, evaluating, max_positions
 
 logger = logging.get_logger(__name__)
+_TWENTY_TOKENS = [(4, 3, 3), (4, 3, 3)]  # of the probe: prompt, chosen and rejected of two pairs
+_WINDOW = re.compile("window|local|chunk")  # in the names of options for attention that does not look back all the way
 
 
 class Unpackable(ValueError):
@@ -165,12 +168,16 @@ def use_layout(model: PreTrainedModel, layout: Layout) -> None:
 
 
 def find_layout(
-    models: list[PreTrainedModel], packing: bool | None = None, shared_prompt: bool | None = None
+    models: list[PreTrainedModel], packing: bool | None = None, shared_prompt: bool | None = None, longest: int = 0
 ) -> Layout:
     """The layout to train the first model with, which the others (its reference) run too; None is: where it works.
 
     Whether an attention keeps packed sequences apart is found by a probe of twenty tokens. If one does not, batches are
-    padded, with a warning that says why. Raises ValueError if an option asked for what cannot be.
+    padded, with a warning that says why.
+
+    longest: tokens of the longest sequence; windows of attention that are shorter are probed in their own length too.
+
+    Raises ValueError if an option asked for what cannot be.
     """
     layout, name = PADDED, ""
     if packing is not False:
@@ -181,7 +188,12 @@ def find_layout(
             name = type(model).__name__
             use_layout(model, layout)
             if layout.packed:
-                _probe(model, layout)
+                _probe(model, layout, _TWENTY_TOKENS, _short_windows)
+                for window in sorted(set(_windows_by_name(model).values())):
+                    if window < longest:
+                        # rejected lies a window behind its prompt: one that counts places would not reach it
+                        room = min(window, (max_positions(model.config) or 2 * window) - window)
+                        _probe(model, layout, [(window, room, min(room, 3))])
     except Unpackable as error:
         for model in models:
             use_layout(model, PADDED)
@@ -198,32 +210,44 @@ def find_layout(
 
 
 @torch.no_grad()
-def _probe(model: PreTrainedModel, layout: Layout) -> None:
+def _probe(
+    model: PreTrainedModel,
+    layout: Layout,
+    lengths: list[tuple[int, int, int]],
+    windows: Callable[[PreTrainedModel], AbstractContextManager[Any]] = nullcontext,
+) -> None:
     """Raise Unpackable unless packed pairs get the hidden states of their sequences alone.
 
     What is measured: how much nearer to them than those of the same row, run as if it were one sequence.
+    lengths: of prompt, chosen and rejected of each pair. windows: how the model's windows are during the probe.
     """
     backbone, config = backbone_of(model), model.config.get_text_config()
     if _is_flash(config) and layout.share:
         raise Unpackable(f"{config._attn_implementation} has no mask to share prompts with (sdpa, flex_attention have)")
-    ids = [[token % config.vocab_size for token in range(first, first + 10)] for first in (0, 10)]
-    pairs = [(pair[:4], pair[4:7], pair[7:]) for pair in ids]
+    ids = (token % config.vocab_size for token in count())
+    pairs: list[Any] = [tuple(list(islice(ids, length)) for length in pair) for pair in lengths]
     batch = lay_out(pairs, layout, 0)
     device = model.get_output_embeddings().weight.device
-    alone = torch.tensor([prompt + completion for prompt, *both in pairs for completion in both], device=device)
+    alone = [(prompt, completion) for prompt, *both in pairs for completion in both]
     row, places = batch["input_ids"].to(device), Places(batch["position_ids"].to(device), batch["documents"])
 
     def hidden(input_ids: Tensor, **inputs: Any) -> Tensor:
         return backbone(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state.float()
 
-    with evaluating(model), _short_window(config):
+    with evaluating(model), windows(model):
         try:
             packed = hidden(row, **backbone_inputs(model, places))[0, batch["rows"]]
+            mixed = hidden(row)[0, batch["rows"]]
         except Unpackable:
             raise
         except Exception as error:  # models that take no mask of this kind say so in many ways
             raise Unpackable(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}") from error
-        truth, mixed = hidden(alone)[:, 3:6].flatten(0, 1), hidden(row)[0, batch["rows"]]
+        truth = torch.cat(
+            [
+                hidden(torch.tensor([prompt + completion], device=device))[0, len(prompt) - 1 : -1]
+                for prompt, completion in alone
+            ]
+        )
     difference, scale = (packed - truth).norm(), (mixed - truth).norm()
     rounding = 5e-3 if model.dtype == torch.float32 else 5e-2  # measured: 1e-6 and 1e-2
     if difference > rounding * scale + 1e-5 * truth.norm():
@@ -232,14 +256,20 @@ def _probe(model: PreTrainedModel, layout: Layout) -> None:
         )
 
 
+def _windows_by_name(model: PreTrainedModel) -> dict[str, int]:
+    """Options of the config that may be windows of attention: by their names, so that some are something else."""
+    values = vars(model.config.get_text_config())
+    return {name: value for name, value in values.items() if type(value) is int and value > 3 and _WINDOW.search(name)}
+
+
 @contextmanager
-def _short_window(config: Any) -> Iterator[None]:
-    """A sliding window that matters within a few tokens."""
-    window = getattr(config, "sliding_window", None)
+def _short_windows(model: PreTrainedModel) -> Iterator[None]:
+    """Windows that matter within a few tokens, if the model reads them from its config when it runs."""
+    config, windows = model.config.get_text_config(), _windows_by_name(model)
     try:
-        if window:
-            config.sliding_window = 3
+        for name in windows:
+            setattr(config, name, 3)
         yield
     finally:
-        if window:
-            config.sliding_window = window
+        for name, value in windows.items():
+            setattr(config, name, value)

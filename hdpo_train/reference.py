@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from hdpo_train.data import PairCollator
 from hdpo_train.head import PairBatch, bare
-from hdpo_train.models import evaluating
+from hdpo_train.models import adapter_configs, evaluating
 from hdpo_train.own_reference import COLUMNS
 from hdpo_train.packing import Places
 from hdpo_train.ranks import as_in_training, gathered, shards
@@ -38,6 +38,9 @@ _FORMAT = "1"  # of the cache file
 # what of a config does not change log-probs: where it came from, and what other code sets on it on the way
 _NOT_THE_FUNCTION = (
     "_name_or_path", "transformers_version", "use_cache", "dtype", "pad_token_id", "bos_token_id", "eos_token_id",
+)  # fmt: skip
+_NOT_OF_THE_ADAPTER = (
+    "base_model_name_or_path", "revision", "inference_mode", "init_lora_weights", "lora_dropout", "peft_version",
 )  # fmt: skip
 
 
@@ -101,10 +104,14 @@ def cache_key(dataset: Dataset, model: nn.Module, precision: str, without_adapte
     settings = {key: value for key, value in config.to_dict().items() if key not in _NOT_THE_FUNCTION}
     digest = hashlib.sha256(f"{_FORMAT} {precision} {config._attn_implementation}".encode())
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for adapter, options in () if without_adapter else adapter_configs(model).items():  # a scale is in no weight
+        options = {key: value for key, value in options.to_dict().items() if key not in _NOT_OF_THE_ADAPTER}
+        options = {key: sorted(value) if isinstance(value, set) else value for key, value in options.items()}
+        digest.update(f"{adapter} {json.dumps(options, sort_keys=True, default=str)}".encode())
     # An adapter that is off must not change the key: its initial values are random.
-    adapter = str(model.base_model.prefix) if without_adapter else None  # type: ignore[union-attr]
+    prefix = str(model.base_model.prefix) if without_adapter else None  # type: ignore[union-attr]
     for name, tensor in sorted(model.state_dict().items()):
-        if adapter is not None and adapter in name:
+        if prefix is not None and prefix in name:
             continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

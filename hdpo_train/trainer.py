@@ -22,7 +22,7 @@ from hdpo_train.generate import own_entropy
 from hdpo_train.head import attach_loss, bare, head_of, whole_shape
 from hdpo_train.inherited import check_arguments, check_best_metric, check_optimizer
 from hdpo_train.metrics import batch_sums, finite, means
-from hdpo_train.models import add_adapter, disable_dropout, load_model, load_tokenizer
+from hdpo_train.models import adapter_configs, check_trainable, load_model, load_tokenizer, make_policy
 from hdpo_train.output_dir import refuse_base_model
 from hdpo_train.own_reference import COLUMNS, OF_TRL
 from hdpo_train.packing import find_layout
@@ -35,11 +35,12 @@ from hdpo_train.ranks import (
     weights,
 )
 from hdpo_train.records import training_split
-from hdpo_train.reference import model_inputs, with_reference
+from hdpo_train.reference import model_inputs
 from hdpo_train.report import RunReport, mean_loss
 from hdpo_train.resuming import ResumableTrainer
 from hdpo_train.sampler import TokenBudgetSampler
 from hdpo_train.sigterm import StopAtSigterm
+from hdpo_train.start import check_lengths, sequence_lengths, with_checked_reference
 from hdpo_train.tiles import tile_mlps
 
 logger = logging.get_logger(__name__)
@@ -100,20 +101,21 @@ class HDPOTrainer(ResumableTrainer):
         if train_dataset is not None:
             refuse_base_model(str(args.output_dir), [name, *map(_source, (ref_model, processing_class))])
         tokenizer = processing_class if processing_class is not None else load_tokenizer(name)
-        policy: Any = load_model(model, args.model_init_kwargs) if isinstance(model, str) else model  # type: ignore[arg-type]
-        if peft_config is not None:
-            policy = add_adapter(policy, peft_config)
+        loaded = load_model(model, args.model_init_kwargs) if isinstance(model, str) else model  # type: ignore[arg-type]
+        policy = make_policy(loaded, peft_config, quiet=args.disable_dropout)
+        if train_dataset is not None:
+            check_trainable(policy)
         if optimizers[0] is None and not trainer_kwargs.get("optimizer_cls_and_kwargs"):
             check_optimizer(args, policy)
         reference: Any = policy if ref_model is None else ref_model
         models: list[Any] = [policy] if reference is policy else [policy, reference]
         vocab = min(whole_shape(head_of(bare(each)).weight)[0] for each in models)
         check_gradient(args.gradient, args.epsilon, vocab)
-        if args.disable_dropout:
-            for each in models:
-                disable_dropout(each)
+
+        longest: list[int] = []
 
         def tokenize(dataset: Dataset, name: str) -> Dataset:
+            records = len(dataset)
             dataset = tokenize_pairs(
                 dataset,
                 tokenizer,
@@ -124,6 +126,9 @@ class HDPOTrainer(ResumableTrainer):
                 name=name,
             )
             _check_vocabulary(dataset, vocab, name)
+            lengths = sequence_lengths(dataset)
+            check_lengths(lengths, [bare(each) for each in models], name, dropped=len(dataset) < records)
+            longest.append(max(lengths))
             return dataset
 
         super().__init__(
@@ -160,12 +165,13 @@ class HDPOTrainer(ResumableTrainer):
         with contextlib.ExitStack() as stack:
             for each in models:
                 stack.enter_context(gathered(each))
-            self.layout = find_layout([bare(each) for each in models], args.packing, args.shared_prompt)
+            self.layout = find_layout([bare(each) for each in models], args.packing, args.shared_prompt, max(longest))
         self.data_collator = collator = PairCollator(_pad_token_id(tokenizer), self.layout)
 
         def refer(dataset: Dataset, name: str) -> Dataset:
-            return with_reference(
+            return with_checked_reference(
                 dataset,
+                policy,
                 reference,
                 accelerator=self.accelerator,
                 collator=collator,
@@ -173,7 +179,8 @@ class HDPOTrainer(ResumableTrainer):
                 chunk_bytes=args.chunk_bytes,
                 cache_dir=args.ref_cache_dir,
                 name=name,
-                without_adapter=peft_config is not None and reference is policy,
+                new_adapter=peft_config is not None and reference is policy,
+                noise=not args.disable_dropout or train_dataset is None,
             )
 
         self.train_dataset = _map_datasets(self.train_dataset, refer, "train")
@@ -277,6 +284,13 @@ class HDPOTrainer(ResumableTrainer):
         if not self.args.dataloader_drop_last:
             own = own_pairs(pairs, self.accelerator)
         return (batch if own == pairs else self.data_collator(batch["examples"].rows[: max(own, 1)])), own  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        adapter = next(iter(adapter_configs(self.model)), "default")  # type: ignore[arg-type]
+        if adapter == "default" or shards(self.accelerator):
+            super()._load_best_model()
+        else:  # in a folder of its own, where Trainer looks when it resumes, but not here
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _prepare_input(self, data: Any) -> Any:
         # never to another dtype, as Trainer does under DeepSpeed: reference log-probs in bf16 are wrong by nats

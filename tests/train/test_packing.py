@@ -14,6 +14,8 @@ from transformers import (
     AttentionInterface,
     Gemma2Config,
     Gemma3TextConfig,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     GptOssConfig,
     MistralConfig,
     MixtralConfig,
@@ -287,6 +289,26 @@ def test_find_layout_falls_back_or_refuses_where_sequences_are_not_kept_apart(ki
     with pytest.raises(ValueError, match=f"{type(model).__name__} cannot run packed batches: .*leave out packing"):
         find_layout([model], packing=True)
     assert find_layout([model], packing=False) == PADDED
+
+
+@pytest.mark.parametrize("window", [5, 30])
+def test_find_layout_pads_windows_that_a_model_makes_when_it_is_made(window, library_log):
+    """GPT-Neo's masks are of `window_size` places: the probe cannot shorten them."""
+    torch.manual_seed(0)
+    size = dict(vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=2, max_position_embeddings=128)
+    model = GPTNeoForCausalLM(GPTNeoConfig(**size, attention_types=[[["global", "local"], 1]], window_size=window))
+    assert find_layout([model], longest=60) == PADDED
+    assert "GPTNeoForCausalLM gets padded batches" in library_log.text
+    attach_loss(model.eval())
+    examples = make_examples(prompt=(20, 30), completion=(20, 30))
+    assert_same_step(step(model, examples, PADDED), step_alone(model, examples))
+
+
+def test_find_layout_packs_sliding_windows_longer_than_the_probe():
+    model = make("gemma2", "sdpa")
+    model.config.sliding_window = 30
+    assert find_layout([model], longest=60) == find_layout([model]) == SHARED
+    assert model.config.sliding_window == 30
 
 
 # ---- a budget of tokens ----------------------------------------------------------------------------------------------

@@ -1,0 +1,100 @@
+"""What a run is refused for before it begins: noise, a stale reference, sequences that are too long."""
+
+import logging
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from hdpo_train import HDPOTrainer, reference
+from tests.train.tiny import _IDS, _SIZE, VOCAB, make_model, make_records
+
+
+def trainer_of(model, args, tokenizer, records=None, **options):
+    data = Dataset.from_list(records or make_records())
+    return HDPOTrainer(model, args=args, train_dataset=data, processing_class=tokenizer, **options)
+
+
+class Jumpy(nn.Module):
+    """Noise of a kind that no option names."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden):
+        output = self.inner(hidden)
+        return output * (1 + torch.rand(()) * self.training)
+
+
+def jumpy_model():
+    model = make_model()
+    model.model.layers[1].mlp.down_proj = Jumpy(model.model.layers[1].mlp.down_proj)
+    return model
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}])
+def test_init_refuses_a_model_that_is_random_in_training(precision, tokenizer, config, monkeypatch):
+    monkeypatch.setattr(reference, "_compute", lambda *_: pytest.fail("computed a reference"))
+    message = r"up to .* nats.*Modules that do it: Jumpy \(model\.layers\.1\.mlp\.down_proj\)\..*disable_dropout=False"
+    with pytest.raises(ValueError, match=message):
+        trainer_of(jumpy_model(), config(**precision), tokenizer)
+
+
+def test_init_changes_no_mode_and_no_random_state(tokenizer, config):
+    model = make_model("gpt2").train()
+    torch.manual_seed(0)  # as Trainer does it
+    expected = torch.rand(3)
+    trainer_of(model, config(), tokenizer)
+    assert torch.equal(torch.rand(3), expected) and all(module.training for module in model.modules())
+
+
+def test_init_takes_noise_that_was_asked_for_or_does_not_matter(tokenizer, config):
+    assert len(trainer_of(jumpy_model(), config(disable_dropout=False), tokenizer).train_dataset) == 12
+    data = Dataset.from_list(make_records())
+    trainer = HDPOTrainer(jumpy_model(), args=config(), eval_dataset=data, processing_class=tokenizer)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(0.693147, abs=1e-6)
+
+
+def test_init_refuses_reference_log_probs_that_are_not_the_references(tokenizer, config, monkeypatch):
+    trainer_of(make_model(), config(), tokenizer)
+    read = reference._read
+    monkeypatch.setattr(reference, "_read", lambda *args: read(*args) - 0.01)
+    with pytest.raises(ValueError, match=r"log-probs of pair \d+ of the train set are .*delete the cache"):
+        trainer_of(make_model(), config(), tokenizer)
+
+
+def llama(most, **rope):
+    rope = {"rope_type": "default", "rope_theta": 1e4, **rope}
+    return LlamaForCausalLM(LlamaConfig(**_SIZE, **_IDS, max_position_embeddings=most, rope_parameters=rope))
+
+
+def gpt2(most):
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2, n_positions=most))
+
+
+def ids(*lengths):
+    """Records that are tokenized already: prompt, chosen, rejected of so many tokens."""
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return {name: [start + i for i in range(n)] for start, (name, n) in enumerate(zip(names, lengths, strict=True), 2)}
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_init_refuses_a_record_longer_than_the_models_positions(make, tokenizer, config):
+    records = [ids(20, 12, 11), ids(20, 5, 13), ids(40, 4, 2)]
+    message = r"record 2 of the train set has a sequence of 33 tokens, and 1 more .*has 32 positions.*max_length=32"
+    with pytest.raises(ValueError, match=message):
+        trainer_of(make(32), config(), tokenizer, records)
+    trainer_of(make(32), config(max_length=32), tokenizer, records[:2])
+
+
+def test_init_warns_of_positions_that_depend_on_the_batch(tokenizer, config, caplog):
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    records = [ids(20, 12, 11), ids(3, 5, 4)]
+    trainer_of(llama(16, rope_type="dynamic", factor=4.0), config(), tokenizer, records)
+    assert "sequences of up to 32 tokens. Beyond 16 tokens" in caplog.text and "max_length=16" in caplog.text
+    caplog.clear()
+    trainer_of(llama(32, rope_type="dynamic", factor=4.0), config(), tokenizer, records)
+    assert "Beyond" not in caplog.text
