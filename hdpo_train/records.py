@@ -27,7 +27,6 @@ import datasets
 import pyarrow as pa
 from datasets import (
     Dataset,
-    DatasetDict,
     Features,
     Json,
     ReadInstruction,
@@ -79,20 +78,20 @@ def described(dataset: Dataset, name: str) -> str:
 
 
 def training_split(dataset: Any) -> Any:
-    """The split "train" of a DatasetDict, with a warning; anything else as it is.
+    """The split "train" of a DatasetDict or other dict, with a warning; anything else as it is.
 
     Raises:
-        ValueError: the DatasetDict has no such split.
+        ValueError: the dict has no such split.
     """
-    if not isinstance(dataset, DatasetDict):
+    if not isinstance(dataset, dict):
         return dataset
-    splits = ", ".join(map(str, dataset))
+    kind, splits = type(dataset).__name__, ", ".join(map(str, dataset))
     if "train" not in dataset:
         raise ValueError(
-            f"train_dataset is a DatasetDict with the splits {splits}: give one of them, "
+            f"train_dataset is a {kind} with the splits {splits}: give one of them, "
             f"train_dataset=dataset[{next(iter(dataset), 'train')!r}]"
         )
-    logger.warning('train_dataset is a DatasetDict with the splits %s: "train" is trained on', splits)
+    logger.warning('train_dataset is a %s with the splits %s: "train" is trained on', kind, splits)
     return dataset["train"]
 
 

@@ -117,8 +117,9 @@ def test_training_split_of_a_dict(caplog):
     assert training_split(train) is train
     assert training_split(DatasetDict({"test": test, "train": train})) is train
     assert 'splits test, train: "train" is trained on' in caplog.text
-    with pytest.raises(ValueError, match=r"splits test, validation: .*train_dataset=dataset\['test'\]"):
-        training_split(DatasetDict({"test": test, "validation": train}))
+    for kind in (DatasetDict, dict):
+        with pytest.raises(ValueError, match=rf"a {kind.__name__} with .* test, validation: .*=dataset\['test'\]"):
+            training_split(kind({"test": test, "validation": train}))
 
 
 def test_load_records_takes_a_slice(tmp_path):
