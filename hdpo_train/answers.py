@@ -21,42 +21,48 @@ def after_reasoning(text: str) -> str:
 
 # --- one notation -----------------------------------------------------------------------------------------------------
 
-_NOTATION: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"<<[^<>\n]*>>", ""),  # GSM8K's calculator annotations: 48/2 = <<48/2=24>>24
-        ("−", "-"),
-        (r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox) ?\{([^{}]*)\}", r"\1"),
-        (r"\\(?:left|right|!)", ""),
-        (r"\{,\}", ","),
-        (r"(?<=\d)(?:\\,|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))", ","),
-        (r"\\[ ,;:]", " "),
-        (r"\\([$%])", r"\1"),
-        (r"\\(?:times|cdot)\b", "×"),
-        (r"\\div\b", "÷"),
-        (r"\\approx\b", "≈"),
-        (r"\\pm\b", "±"),
-        (r"\\pi\b", "π"),
-        (r"\\sqrt\b", "√"),
-        (r"\^ ?(?:\\circ\b|\{ ?\\circ ?\})|\\degree\b", "°"),
-        (r"([\^_√]) ?\{([^{}]*)\}", r"\1\2"),
-        (r"(?<=\d) ?\\([dt]?frac)\b", r" \\\1"),  # 2\frac{1}{2} is 2 1/2
-        (r"\\[dt]?frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}", r"\1/\2"),
-        (r"\\[dt]?frac ?(\d)(\d)", r"\1/\2"),
-        (r"\\[dt]?frac ?\{ ?- ?(\d+) ?\} ?\{ ?(\d+) ?\}", r"-\1/\2"),
-        (r"\\[dt]?frac ?\{([^{}]*)\} ?\{([^{}]*)\}", r"(\1)÷(\2)"),
-        (r"(?<=[A-Za-z]) ?(?:\^|\*\*)-?\d+", ""),  # cm^2
-        (r"\b((?:[cdkm]?m|ft))[23]\b", r"\1"),
-        (r"(\d) ?[x×*] ?10 ?(?:\^|\*\*) ?(-?\d{1,2})\b", r"\1e\2"),
-        (r"\\boxed ?\{\s*\}", ""),  # from the prompt: "your answer in \boxed{}"
-        (r"\\boxed ?\{([^{}]*)\}", r"⟦\1⟧"),
-        (r"\\boxed ?\{([^{}]*)\}", r"\1"),  # a box around a box
-    )
+
+def _compiled(*rules: tuple[str, str]) -> tuple[tuple[re.Pattern[str], str], ...]:
+    return tuple((re.compile(pattern), replacement) for pattern, replacement in rules)
+
+
+_LATEX = _compiled(
+    (r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox) ?\{([^{}]*)\}", r"\1"),
+    (r"\\(?:left|right|!)", ""),
+    (r"\{,\}", ","),
+    (r"(?<=\d)\\,(?=\d{3}(?!\d))", ","),
+    (r"\\[ ,;:]", " "),
+    (r"\\([$%])", r"\1"),
+    (r"\\(?:times|cdot)\b", "×"),
+    (r"\\div\b", "÷"),
+    (r"\\approx\b", "≈"),
+    (r"\\pm\b", "±"),
+    (r"\\pi\b", "π"),
+    (r"\\sqrt\b", "√"),
+    (r"\^ ?(?:\\circ\b|\{ ?\\circ ?\})|\\degree\b", "°"),
+    (r"([\^_√]) ?\{([^{}]*)\}", r"\1\2"),
+    (r"(?<=\d) ?\\([dt]?frac)\b", r" \\\1"),  # 2\frac{1}{2} is 2 1/2
+    (r"\\[dt]?frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}", r"\1/\2"),
+    (r"\\[dt]?frac ?(\d)(\d)", r"\1/\2"),
+    (r"\\[dt]?frac ?\{ ?- ?(\d+) ?\} ?\{ ?(\d+) ?\}", r"-\1/\2"),
+    (r"\\[dt]?frac ?\{([^{}]*)\} ?\{([^{}]*)\}", r"(\1)÷(\2)"),
+    (r"\\boxed ?\{\s*\}", ""),  # from the prompt: "your answer in \boxed{}"
+    (r"\\boxed ?\{([^{}]*)\}", r"⟦\1⟧"),
+    (r"\\boxed ?\{([^{}]*)\}", r"\1"),  # a box around a box
+)
+_PLAIN = _compiled(
+    (r"<<[^<>\n]*>>", ""),  # GSM8K's calculator annotations: 48/2 = <<48/2=24>>24
+    (r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))", ","),
+    (r"(?<=[A-Za-z]) ?(?:\^|\*\*)-?\d+", ""),  # cm^2
+    (r"\b((?:[cdkm]?m|ft))[23]\b", r"\1"),
+    (r"(\d) ?[x×*] ?10 ?(?:\^|\*\*) ?(-?\d{1,2})\b", r"\1e\2"),
 )
 
 
 def _in_one_notation(text: str) -> str:
-    for pattern, replacement in _NOTATION:
+    text = text.replace("−", "-")
+    is_latex = "\\" in text or "{" in text
+    for pattern, replacement in (*_LATEX, *_PLAIN) if is_latex else _PLAIN:
         text = pattern.sub(replacement, text)
     return text
 

@@ -77,12 +77,15 @@ class Worker:
                 self.start()
             except ValueError as error:
                 raise Fault("the checker could not be started again", str(error)) from error
-        self._send(question)
         try:
+            self._send(question)
             line = self._lines.get(timeout=self.timeout)
         except queue.Empty:
             self._end()
             raise self._fault(f"took longer than {self.timeout:g} s") from None
+        except BaseException:  # Ctrl-C: the answer that is on its way must not become that of the next question
+            self._end()
+            raise
         if not line:
             self._end()
             raise self._fault(f"ended its process ({_ending(self._process)})")

@@ -25,6 +25,7 @@ def refusal() -> str:
 
 
 REFUSAL = refusal()
+mortal = pytest.mark.skipif(not sandbox.ends_with_this_process(), reason="setpriv of util-linux is not here")
 isolated = pytest.mark.skipif(bool(REFUSAL), reason=REFUSAL)
 
 
@@ -163,6 +164,7 @@ module.Sandbox(timeout=60, allow_network=bool(int(sys.argv[1]))).finishes(sys.ar
 
 
 @isolated
+@mortal
 @pytest.mark.parametrize("allow_network", [False, True])
 def test_finishes_leaves_no_process_when_the_evaluation_is_killed(allow_network):
     seconds = f"59.{os.getpid()}{int(allow_network)}"
@@ -181,7 +183,7 @@ def test_finishes_leaves_no_process_when_the_evaluation_is_killed(allow_network)
     assert processes_with(seconds) == []
 
 
-@isolated
+@mortal
 def test_ends_with_this_process_does_not_start_where_the_parent_is_gone(monkeypatch):
     run = {"capture_output": True, "text": True}
     assert subprocess.run([*sandbox.ends_with_this_process(), "echo", "ran"], **run).stdout == "ran\n"
