@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from hdpo_train.checkpoints import WholeCheckpoints, remove_leftovers
 from hdpo_train.data import killed_workers_named
-from hdpo_train.lock import lock, unlock
+from hdpo_train.lock import lock, locked, unlock
 from hdpo_train.metrics import finite
 from hdpo_train.output_dir import (
     agree,
@@ -101,17 +101,14 @@ class ResumableTrainer(WholeCheckpoints):
         if _internal_call:
             super().save_model(output_dir, _internal_call)
             return
-        folder = output_dir or str(self.args.output_dir)
-        is_own = folder == str(self.args.output_dir)
-        if self.args.should_save:
-            lock(folder)
-        if not (is_own and self._had_ended):  # else it lies there
-            with self._says_how_to_go_on():
-                super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            if is_own and self._has_ended and self._options is not None:
-                write_record(Path(folder), self._options, ended=self.state.global_step)
-            unlock(folder)
+        folder = Path(output_dir or str(self.args.output_dir))
+        is_own = folder == Path(str(self.args.output_dir))
+        with self._says_how_to_go_on(), locked(folder) if self.args.should_save else contextlib.nullcontext():
+            if is_own and self._had_ended:  # it lies there
+                return
+            super().save_model(output_dir, _internal_call)
+            if is_own and self._has_ended and self._options is not None and self.args.should_save:
+                write_record(folder, self._options, ended=self.state.global_step)
 
     @contextlib.contextmanager
     def _says_how_to_go_on(self) -> Iterator[None]:
