@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-from hdpo_train.command_line import UsageError, did_you_mean, end, run_command
+from hdpo_train.command_line import UsageError, check_output_dir, did_you_mean, end, run_command
 from hdpo_train.config import HDPOConfig, ScriptArguments
 from hdpo_train.data import load_records
 from hdpo_train.models import adapter_configs, add_adapter, import_peft, load_model, load_tokenizer, reading
@@ -101,6 +102,7 @@ def _plan_command(argv: list[str]) -> None:
 
 def train(script: ScriptArguments, args: HDPOConfig) -> HDPOTrainer:
     """A run of the command line, from names to a saved model."""
+    check_output_dir(str(args.output_dir))
     with taken_output_dir(args, [script.model_name_or_path]):
         return _train(script, args)
 
@@ -132,17 +134,7 @@ def make_trainer(script: ScriptArguments, args: HDPOConfig) -> HDPOTrainer:
     if args.hub_model_id is not None and not args.push_to_hub:
         raise ValueError(f"--hub_model_id {args.hub_model_id} has no effect without --push_to_hub")
     set_seed(args.seed)
-    train_records = load_records(script.dataset_name, script.dataset_train_split, script.dataset_config)
-    eval_records = None
-    if script.eval_dataset_name or script.dataset_test_split:
-        if args.eval_strategy == "no" and not args.eval_on_start:
-            given = "--eval_dataset_name" if script.eval_dataset_name else "--dataset_test_split"
-            raise ValueError(f"{given} would never be evaluated: say when by --eval_strategy epoch or steps")
-        source = script.eval_dataset_name or script.dataset_name
-        eval_records = load_records(source, script.dataset_test_split or "train", script.dataset_config)
-    elif args.eval_strategy != "no":
-        raise ValueError("--eval_strategy needs data: --eval_dataset_name or --dataset_test_split")
-
+    train_records, eval_records = load_data(script, args)
     remote_code = {"trust_remote_code": script.trust_remote_code}
     tokenizer = load_tokenizer(script.model_name_or_path, **remote_code)
     init_kwargs: dict[str, Any] = {"dtype": script.dtype, **remote_code}
@@ -164,6 +156,21 @@ def make_trainer(script: ScriptArguments, args: HDPOConfig) -> HDPOTrainer:
         processing_class=tokenizer,
         peft_config=_lora(script) if script.use_peft and not adapters else None,
     )
+
+
+def load_data(script: ScriptArguments, args: HDPOConfig) -> tuple[Dataset, Dataset | None]:
+    """Records to train and to evaluate on."""
+    train_records = load_records(str(script.dataset_name), script.dataset_train_split, script.dataset_config)
+    eval_records = None
+    if script.eval_dataset_name or script.dataset_test_split:
+        if args.eval_strategy == "no" and not args.eval_on_start:
+            given = "--eval_dataset_name" if script.eval_dataset_name else "--dataset_test_split"
+            raise ValueError(f"{given} would never be evaluated: say when by --eval_strategy epoch or steps")
+        source = str(script.eval_dataset_name or script.dataset_name)
+        eval_records = load_records(source, script.dataset_test_split or "train", script.dataset_config)
+    elif args.eval_strategy != "no":
+        raise ValueError("--eval_strategy needs data: --eval_dataset_name or --dataset_test_split")
+    return train_records, eval_records
 
 
 def plan(script: ScriptArguments, args: HDPOConfig) -> None:

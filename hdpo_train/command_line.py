@@ -128,9 +128,9 @@ def explanation(error: Exception) -> str | None:
 
 
 def _missing_package(error: ImportError) -> str | None:
-    if error.name is None:  # not of an import statement: a library says what it needs
+    package = (error.name or "").partition(".")[0]
+    if not package.isidentifier():  # not of an import statement: a library says what it needs
         return " ".join(str(error).split())
-    package = error.name.partition(".")[0]
     if not isinstance(error, ModuleNotFoundError) or package in ("hdpo_train", "hdpo_kernels"):
         return None
     return f"the package {package} is not installed: pip install 'hdpo[train,peft,eval]', or pip install {package}"

@@ -52,8 +52,8 @@ HumanEval's columns (with --run_code only)."""
 def main(argv: list[str]) -> None:
     options = _parser().parse(argv)
     logging.disable_progress_bar()
-    with locked(options.output_dir):  # two at once would tear each other's samples
-        _evaluate(options, Path(options.output_dir))
+    with locked(folder := check_output_dir(options.output_dir)):  # two at once would tear each other's samples
+        _evaluate(options, folder)
 
 
 def _evaluate(options: argparse.Namespace, folder: Path) -> None:
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> list[Evaluation]:
     if not models and not files:
         raise ValueError("there is nothing to evaluate: give --model_name_or_path or --samples")
     names = _names([*models, *options.samples], options.names)
-    settings, folder = _settings(options, options.num_samples), check_output_dir(options.output_dir)
+    settings, folder = _settings(options, options.num_samples), Path(options.output_dir)
     problems = load_problems(options.prompts, prompt_column=options.prompt_column, limit=options.limit)
     checker = make_checker(
         options.checker, answer_column=options.answer_column, run_code=options.run_code,

@@ -45,6 +45,8 @@ class TrainingParser(Parser, HfArgumentParser):
                 action.nargs = "+"
             elif (typing.get_origin(action.type) or action.type) is dict:
                 action.type = _or_none(_mapping)
+            elif self.may_be(action, dict):  # given as a string, which the config parses
+                action.type = _or_none(_mapping_as_text if action.dest.endswith("_kwargs") else _mapping_or_file)
             elif action.type is not None and self.may_be(action, type(None)):
                 action.type = _or_none(typing.cast(Callable[[str], Any], action.type))
         self.add_argument("-h", "--help", action="store_true", help="The options most used.")
@@ -189,11 +191,20 @@ def _value(node: yaml.Node) -> Any:
 def _mapping(word: str) -> dict[str, Any]:
     try:
         value = json.loads(word)
-    except RecursionError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f'a mapping in JSON is needed, like {{"key": 1}}; got {word[:80]!r}')
     return value
+
+
+def _mapping_as_text(word: str) -> str:
+    _mapping(word)
+    return word
+
+
+def _mapping_or_file(word: str) -> str:
+    return _mapping_as_text(word) if word.lstrip().startswith("{") else word
 
 
 def _or_none(convert: Callable[[str], Any]) -> Callable[[str], Any]:

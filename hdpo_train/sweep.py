@@ -32,6 +32,7 @@ from hdpo_train import quickstart, sweep_report
 from hdpo_train.checkers import Checker, Problem, make_checker
 from hdpo_train.command_line import Parser, UsageError, check_output_dir
 from hdpo_train.config import HDPOConfig, ScriptArguments
+from hdpo_train.data import tokenize_pairs
 from hdpo_train.eval_cli import DEFAULT_K, load_problems
 from hdpo_train.evaluate import EvalOptions, check_records, evaluate
 from hdpo_train.files import contents_digest, write_whole
@@ -390,21 +391,40 @@ def main(argv: list[str]) -> None:
         )  # fmt: skip
         problems = load_problems(options.prompts, prompt_column=options.prompt_column)
         check_records(checker, problems, options.checker)
+        _check_pairs(options.model_name_or_path, options.dataset_name, training)
         source, max_new_tokens, batch_size = OwnModel(*own, checker, problems), 256, 64
     else:
         settings = quickstart.Settings()
         source = TaskModel(quickstart.task, settings, options.sft_per_seed)
         training = [*words({**quickstart.training_options(settings), "use_cpu": True, "bf16": False}), *training]
         max_new_tokens, batch_size = quickstart.task.MAX_NEW_TOKENS, quickstart.BATCH_SIZE
+    if options.max_new_tokens is not None:
+        max_new_tokens = options.max_new_tokens
+    if options.batch_size is not None:
+        batch_size = options.batch_size
     evaluation = EvalOptions(
-        options.num_samples, options.temperatures, options.max_new_tokens or max_new_tokens,
-        options.batch_size or batch_size, k=options.k or tuple(k for k in DEFAULT_K if k <= options.num_samples),
-        self_bleu=options.self_bleu,
+        options.num_samples, options.temperatures, max_new_tokens, batch_size,
+        k=options.k or tuple(k for k in DEFAULT_K if k <= options.num_samples), self_bleu=options.self_bleu,
     )  # fmt: skip
     if 1.0 not in options.alpha:
         print("α = 1 (DPO), which the others are compared with, is added.")
     result = sweep(folder, source, Plan(options.alpha, options.seeds, tuple(training), evaluation))
     print(f"\n{sweep_report.markdown(result)}\n\n{folder / sweep_report.REPORT_FILE}, {sweep_report.PLOT_FILE}")
+
+
+def _check_pairs(model: str, pairs: str, training: Sequence[str]) -> None:
+    """Raises what the first run would raise of the pairs: before the model is evaluated, which can take long."""
+    from hdpo_train.__main__ import load_data  # which imports this module in its turn
+
+    script, args = parse_options([*training, *words({"model_name_or_path": model, "dataset_name": pairs})])
+    tokenizer = load_tokenizer(model, trust_remote_code=script.trust_remote_code)
+    for name, records in zip(("train", "eval"), load_data(script, args), strict=True):
+        if records is not None:
+            tokenize_pairs(
+                records, tokenizer, max_length=args.max_length, max_prompt_length=args.max_prompt_length,
+                on_bad_record=args.on_bad_record,  # type: ignore[arg-type]
+                num_proc=args.dataset_num_proc, name=name,
+            )  # fmt: skip
 
 
 def _parser() -> Parser:

@@ -205,6 +205,11 @@ def test_sweep_refuses_other_settings_and_names_them(inputs, swept, capsys):
         ({"checker": "gsm8k"}, "answer"),
         ({"alhpa": 1}, "--alhpa"),
         ({"prompts": "/nowhere/prompts.jsonl"}, "/nowhere/prompts.jsonl"),
+        ({"dataset_name": "/nowhere/pairs.jsonl"}, "/nowhere/pairs.jsonl"),  # before the model is evaluated
+        ({"max_length": 2}, "8 of the 8 records"),
+        ({"eval_strategy": "steps"}, "--eval_strategy needs data"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a positive whole number, got 0"),
+        ({"batch_size": 0}, "batch_size must be a positive whole number, got 0"),
     ],
 )
 def test_sweep_refuses_at_the_door(inputs, tmp_path, options, words, capsys):
