@@ -105,9 +105,9 @@ def main() -> None:
     finally:  # also where the device fails, or somebody stops the run
         pictures = plots.draw(read(table.path(options.out)), options.out, options.device)
         print("\n" + report.tables(table.rows))
+        print(f"\nWritten: {', '.join(map(str, [table.path(options.out), *pictures]))}")
         if left_out:
-            print(f"\nNot measured, out of time: {'; '.join(left_out)}")
-        print(f"\nWritten: {', '.join(map(str, [table.path(options.out), *pictures]))}", flush=True)
+            print(f"\nNot measured, out of time: {'; '.join(left_out)}", flush=True)
     if broken := [row for row in table.rows if row["status"] and not row["contestant"]]:
         sys.exit("\n".join(f"{row['question']} of {row['shape']}: {row['status']}" for row in broken))
 
