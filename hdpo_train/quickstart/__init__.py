@@ -94,7 +94,12 @@ def main(argv: list[str]) -> None:
         raise ValueError("--alpha is compared with α = 1: give another value")
     if not 0 <= options.seed < 2**32:
         raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {options.seed}")
-    run(check_output_dir(options.output_dir), Settings(seed=options.seed, alpha=options.alpha))
+    try:
+        run(check_output_dir(options.output_dir), Settings(seed=options.seed, alpha=options.alpha))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; a quickstart starts from the beginning, and replaces what is in {options.output_dir}"
+        ) from None
 
 
 def run(folder: Path, settings: Settings) -> dict[str, Evaluation]:

@@ -274,6 +274,13 @@ def test_run_command_ends_with_130_after_an_interruption(capsys):
     assert exit.value.code == 130 and capsys.readouterr().err == "\nhdpo-train eval: stopped at 3 of 5\n"
 
 
+def test_quickstart_interrupted_says_that_it_starts_from_the_beginning(monkeypatch, capsys):
+    monkeypatch.setattr("hdpo_train.quickstart.run", lambda folder, settings: raising(KeyboardInterrupt())([]))
+    with pytest.raises(SystemExit, match="130"):
+        main(["quickstart", "--output_dir", "folder"])
+    assert "starts from the beginning, and replaces what is in folder" in capsys.readouterr().err
+
+
 def test_run_command_is_quiet_when_nobody_reads_on(monkeypatch, capsys):
     reading, writing = os.pipe()
     os.close(reading)
