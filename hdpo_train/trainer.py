@@ -56,8 +56,9 @@ class HDPOTrainer(ResumableTrainer):
     ref_model: the reference policy; default: the policy as it is now (for a peft_config: without the adapter). Its
         log-probabilities of both data sets are computed here, once, and it is not kept.
     args: HDPOConfig. train_dataset, eval_dataset (or a dict of them): columns prompt / chosen / rejected, standard or
-        conversational, or chosen / rejected with a common beginning. processing_class: the tokenizer (loaded by the
-        model's name if not given). peft_config: train an adapter. callbacks, optimizers: as in Trainer.
+        conversational, or chosen / rejected with a common beginning; ref_chosen_logp / ref_rejected_logp, if both are
+        there, are taken as the reference. processing_class: the tokenizer (loaded by the model's name if not given).
+        peft_config: train an adapter. callbacks, optimizers: as in Trainer.
 
     Metrics: rewards/chosen, rewards/rejected (α-weighted, β(αℓ − ρ)), rewards/accuracies, rewards/margins,
     rewards/initial_margins ((α − 1)β(ρ_w − ρ_l): the margin of an untrained policy), logps/chosen, logps/rejected,
