@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from benchmarks.harness import use_one_device
 from benchmarks.study import arithmetic
 from benchmarks.table import commit, device_name, installed
 from hdpo_train import quickstart, sweep_report
@@ -138,6 +139,7 @@ def _verdict(difference: Interval | None, metric: Metric) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    use_one_device()
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -36,6 +36,15 @@ def test_measure_calls_everyone_as_often(monkeypatch):
     assert len(calls) == 1 + 5 * 4  # checked once, then a round to warm up and three
 
 
+def test_a_refused_capture_is_a_status(monkeypatch):
+    def captured(run):
+        raise torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(small, "captured", captured)
+    refused = (None, "failed: CUDA error: operation not permitted when stream is capturing")
+    assert small._attempt_capture(lambda: None) == refused
+
+
 @pytest.mark.gpu
 def test_captured_replays_what_was_run():
     x, out = torch.ones(3, device="cuda"), torch.zeros(3, device="cuda")
