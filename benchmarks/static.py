@@ -23,6 +23,8 @@ from triton.compiler import ASTSource
 from benchmarks import calls
 from benchmarks.table import RESULTS
 from hdpo_kernels import fused
+from hdpo_kernels.pair import LOSS_TYPES
+from hdpo_kernels.pairs import triton as pairs
 from hdpo_kernels.rows import triton as rows
 from hdpo_kernels.sampled import triton as sampled
 
@@ -43,7 +45,8 @@ TYPES = {"hidden_ptr": "*{t}", "weight_ptr": "*{t}", "bias_ptr": "*{t}", "grad_p
          "labels_ptr": "*i64", "cu_seqlens_ptr": "*i64", "long_ptr": "*i64", "num_long_ptr": "*i64",
          "columns_ptr": "*i32", "counts_ptr": "*i32", "totals_ptr": "*i32", "cursors_ptr": "*i32", "starts_ptr": "*i32",
          "rows_ptr": "*i32", "sorted_rows_ptr": "*i32", "draws_ptr": "*i64", "epsilon": "fp32", "softcap": "fp32",
-         "logit_scale": "fp32"}  # fmt: skip
+         "logit_scale": "fp32", "factor": "fp32", "alpha": "fp32", "beta": "fp32", "smoothing": "fp32",
+         "nll_weight": "fp32"}  # fmt: skip
 MATRIX = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync", "mfma": "v_mfma_"}
 
 
@@ -73,13 +76,22 @@ def launches(target: GPUTarget) -> Iterator[Launch]:
             tile = {**flags, **fused.choose_tiles(torch_dtype, target, flags["HAS_SOFTCAP"])._asdict()}
             yield Launch(rows._row_stats_kernel, dtype + name, row, dtype)
             yield Launch(rows._row_grad_kernel, dtype + name, row, dtype)
+            whole = rows.whole_row_tile(rows.longest_whole_row(**flags), target.warp_size)
+            yield Launch(rows._whole_row_kernel, dtype + name, {**flags, **whole}, dtype)
             narrow = {"BLOCK_V": rows.SAMPLE_BLOCK_V, "num_warps": rows.SAMPLE_NUM_WARPS}
             yield Launch(rows._row_sample_kernel, dtype + name, {**row, **narrow}, dtype)
             yield Launch(fused._linear_stats_kernel, dtype + name, tile, dtype)
+        scale = {"HAS_LABELS": True, "HAS_FACTOR": True, "BLOCK_H": rows.BLOCK_H}
+        yield Launch(rows._scale_rows_kernel, dtype, scale, dtype)
+        yield Launch(rows._times_kernel, dtype, {"IN_PLACE": dtype == "fp32", "BLOCK": rows.TIMES_BLOCK}, dtype)
         yield from _sampled_launches(dtype)
     for splits in (1, 8, 128):
         yield Launch(fused._merge_stats_kernel, f"{splits} splits", fused.merge_tile(splits))
-    yield Launch(rows._sequence_sum_kernel, "fp32", {"BLOCK_N": rows.BLOCK_N})
+    for kernel in (rows._sequence_sum_kernel, rows._sequence_spread_kernel):
+        yield Launch(kernel, "fp32", {"BLOCK_N": rows.BLOCK_N})
+    for loss, name in enumerate(LOSS_TYPES):
+        keywords = {"LOSS": loss, "HAS_REF": True, "HAS_GRAD": True, "BLOCK_N": pairs.BLOCK_N}
+        yield Launch(pairs._pair_kernel, name, keywords)
     for kernel in (sampled._count_kernel, sampled._place_kernel):
         yield Launch(kernel, "int32", {"BLOCK_B": sampled.BLOCK_B, "num_warps": sampled.NUM_WARPS})
 
@@ -108,7 +120,7 @@ def measure() -> list[Resources]:
 
 
 def _compile(launch: Launch, target: GPUTarget):
-    """As a launch does where pointers, strides and sizes are multiples of 16, which they are in real models."""
+    """As a launch does where pointers, strides and sizes that are looked at are multiples of 16, as in real models."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         name = parameter.name
@@ -116,7 +128,8 @@ def _compile(launch: Launch, target: GPUTarget):
             signature[name], constants[(index,)] = "constexpr", launch.keywords[name]
             continue
         signature[name] = TYPES.get(name, "*fp32" if name.endswith("_ptr") else "i32").format(t=launch.dtype)
-        if not parameter.do_not_specialize and signature[name] != "fp32":
+        aligned = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
+        if aligned and signature[name] != "fp32":
             attributes[(index,)] = [["tt.divisibility", 16]]
     options = {name: value for name, value in launch.keywords.items() if name not in signature}
     return triton.compile(ASTSource(launch.kernel, signature, constants, attributes), target=target, options=options)

@@ -60,9 +60,17 @@ def check_labels(labels: Tensor, num_rows: int, device: torch.device) -> None:
         raise ValueError(f"labels are on {labels.device}; put them on {device} with the rest, or on the CPU")
 
 
-def check_label_values(labels: Tensor, vocab: int) -> None:
+def check_label_values(labels: Tensor, vocab: int) -> bool:
+    """Whether all rows are known to have a label. Labels on a device are not looked at, which would be a sync: kernels
+    answer a label outside the vocabulary with NaN.
+    """
     if labels.device.type != "cpu":
-        return  # a look at them would be a device sync; the kernels answer a label outside the vocabulary with NaN
+        return False
+    if not len(labels):
+        return True
+    lowest, highest = map(int, labels.aminmax())
+    if lowest >= 0 and highest < vocab:
+        return True
     outside = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab))
     if outside.any():
         row = int(outside.nonzero()[0])
@@ -70,6 +78,7 @@ def check_label_values(labels: Tensor, vocab: int) -> None:
             f"label {int(labels[row])} at row {row} is outside the vocabulary of {vocab} entries "
             f"({int(outside.sum())} such labels); use {IGNORE_INDEX} for rows that are not scored"
         )
+    return False
 
 
 def as_boundaries(cu_seqlens: Tensor | Sequence[int], *, pairs: bool = False) -> Tensor:
@@ -92,7 +101,7 @@ def as_boundaries(cu_seqlens: Tensor | Sequence[int], *, pairs: bool = False) ->
 
 def boundaries(cu_seqlens: Tensor, num_rows: int) -> list[int]:
     """The boundaries as a list of ints, or a ValueError that says what is wrong with them."""
-    bounds = cu_seqlens.tolist()
+    bounds: list[int] = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != num_rows:
         raise ValueError(
             f"cu_seqlens must run from 0 to the number of rows, {num_rows}; got {bounds[0]} … {bounds[-1]}"

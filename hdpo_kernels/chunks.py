@@ -9,9 +9,12 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# Rows of logits that fill a GEMM: three times the height of its tiles, and twice the operations a byte of weight that
-# keep the matrix units of an H200 busy (NOTES.md of the benchmarks).
-_TILE_ROWS = 384
+# Rows of a tile of logits. 384 fill a GEMM: three times the height of its tiles, and twice the operations a byte of
+# weight that keep the matrix units of an H200 busy (NOTES.md of the benchmarks). Where the vocabulary is small, so few
+# are done before the host has launched the next tile: then as many as have _TILE_BYTES.
+_TILE_ROWS, _MOST_TILE_ROWS, _TILE_BYTES = 384, 1536, 200_000_000
+_GRAD_ROWS = 3072  # of gradient in a piece: a pass over d_weight is then 8% of its GEMMs on an H200
+_LEAST_BYTES = 960 * 2**20
 
 
 class Piece(NamedTuple):
@@ -71,6 +74,19 @@ def rows_for(chunk_bytes: int, vocab: int, logit_bytes: int, grad_bytes: int | N
     if grad_bytes in (None, logit_bytes):
         rows = max(1, chunk_bytes // (vocab * logit_bytes))
         return rows, rows
-    tile = max(1, min(_TILE_ROWS, chunk_bytes // 4 // (vocab * logit_bytes)))
+    tile = max(1, min(_tile_rows(vocab, logit_bytes), chunk_bytes // 4 // (vocab * logit_bytes)))
     piece = max(1, (chunk_bytes - tile * vocab * logit_bytes) // (vocab * grad_bytes))
     return piece, min(piece, tile)
+
+
+def accelerator_bytes(vocab: int) -> int:
+    """chunk_bytes where nobody gives them: 384 rows of fp32 logits and 3,072 of bf16 gradient, whatever the vocabulary.
+
+    960 MiB up to 128k entries, 1.9 GiB for 256k.
+    """
+    return max(_LEAST_BYTES, vocab * (4 * _TILE_ROWS + 2 * _GRAD_ROWS))
+
+
+def _tile_rows(vocab: int, logit_bytes: int) -> int:
+    rows = _TILE_BYTES // (vocab * logit_bytes) // 128 * 128
+    return max(_TILE_ROWS, min(_MOST_TILE_ROWS, rows))

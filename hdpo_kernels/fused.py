@@ -1,7 +1,7 @@
 """Fused forward of the LM head: matmul tile → online log-sum-exp, entropy and label's log-prob; no logits in memory.
 
     hidden (N, H), weight (V, H) ── one program a row block and vocabulary split ──> m, Σe, Σe·d, z_label (splits, N)
-                                 ── merge, in a fixed order ──> lse, logp, entropy (N,)
+                                 ── merge, in a fixed order ──> logp, entropy (N,)
 
 N rows, V vocabulary, H hidden size; z a logit after bias, scale and softcap, m the largest yet, d = z − m, e = exp d.
 Inputs bf16, fp16 or fp32; sums fp32. Offsets are int64 before any product with a stride.
@@ -16,8 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from hdpo_kernels.naive import IGNORE_INDEX
-from hdpo_kernels.rows.torch import RowStats
+from hdpo_kernels.naive import IGNORE_INDEX, TokenLogp
 from hdpo_kernels.rows.triton import _head_transform
 
 _IGNORE_INDEX = tl.constexpr(IGNORE_INDEX)
@@ -34,7 +33,8 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-@triton.jit(do_not_specialize=["N"])  # N differs from step to step
+# N differs from step to step, and with it the alignment of what has one number a row
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["labels_ptr"])
 def _linear_stats_kernel(
     hidden_ptr, hidden_stride, weight_ptr, weight_stride, labels_ptr, bias_ptr, max_ptr, sum_e_ptr, sum_ed_ptr,
     z_label_ptr, N, V, H, split_size, softcap, logit_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
@@ -91,9 +91,9 @@ def _linear_stats_kernel(
     tl.store(z_label_ptr + offs, z_label, mask=mask_n)
 
 
-@triton.jit(do_not_specialize=["N", "splits"])
+@triton.jit(do_not_specialize=["N", "splits"], do_not_specialize_on_alignment=["labels_ptr", "logp_ptr", "entropy_ptr"])
 def _merge_stats_kernel(
-    max_ptr, sum_e_ptr, sum_ed_ptr, z_label_ptr, labels_ptr, lse_ptr, logp_ptr, entropy_ptr, N, V, splits,
+    max_ptr, sum_e_ptr, sum_ed_ptr, z_label_ptr, labels_ptr, logp_ptr, entropy_ptr, N, V, splits,
     BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The statistics of a row from those of its splits, all of them in one tile."""
@@ -118,7 +118,6 @@ def _merge_stats_kernel(
 
     logp = tl.where((label >= 0) & (label < V), (z_label - m) - log_total, float("nan"))
     ignored = label == _IGNORE_INDEX
-    tl.store(lse_ptr + offs_n, m + log_total, mask=mask_n)
     tl.store(logp_ptr + offs_n, tl.where(ignored, 0.0, logp), mask=mask_n)
     tl.store(entropy_ptr + offs_n, tl.where(ignored, 0.0, log_total - sum_ed / total), mask=mask_n)
 
@@ -128,16 +127,16 @@ def linear_stats(
     weight: Tensor,  # (V, H) of the same dtype
     labels: Tensor,  # (N,) int64
     *,
+    out: TokenLogp | None = None,  # where they go
     bias: Tensor | None = None,  # (V,)
     softcap: float | None = None,
     logit_scale: float = 1.0,
-) -> RowStats:
+) -> TokenLogp:
     """What `row_stats` makes of hidden @ weight.T; memory: 16 bytes a row and split of the vocabulary."""
     (n, hidden_size), vocab = hidden.shape, weight.shape[0]
-    # One allocation each, hence aligned: a slice's alignment would depend on N, and a kernel be compiled for each.
-    lse, logp, entropy = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(3))
+    out = TokenLogp(*torch.empty(2, n, dtype=torch.float32, device=hidden.device)) if out is None else out
     if n == 0:
-        return RowStats(lse, logp, entropy)
+        return out
     target, num_sms = _device()
     if triton.knobs.runtime.interpret and hidden.dtype == torch.bfloat16:  # in which the interpreter's tl.dot is wrong
         hidden, weight = hidden.float(), weight.float()
@@ -147,7 +146,7 @@ def linear_stats(
     tiles = choose_tiles(hidden.dtype, target, softcap is not None)
     row_blocks, vocab_tiles = triton.cdiv(n, tiles.BLOCK_N), triton.cdiv(vocab, tiles.BLOCK_V)
     splits = choose_splits(row_blocks, vocab_tiles, num_sms)
-    partials = [torch.empty(splits, n, dtype=torch.float32, device=hidden.device) for _ in range(4)]
+    partials = [torch.empty(splits, n, dtype=torch.float32, device=hidden.device) for _ in range(4)]  # each aligned
     _linear_stats_kernel[(row_blocks, splits)](
         hidden, hidden.stride(0), weight, weight.stride(0), labels, hidden if bias is None else bias, *partials,
         n, vocab, hidden_size, triton.cdiv(vocab_tiles, splits) * tiles.BLOCK_V,
@@ -156,10 +155,8 @@ def linear_stats(
         **tiles._asdict(),
     )  # fmt: skip
     merge = merge_tile(splits)
-    _merge_stats_kernel[(triton.cdiv(n, merge["BLOCK_N"]),)](
-        *partials, labels, lse, logp, entropy, n, vocab, splits, **merge
-    )
-    return RowStats(lse, logp, entropy)
+    _merge_stats_kernel[(triton.cdiv(n, merge["BLOCK_N"]),)](*partials, labels, *out, n, vocab, splits, **merge)
+    return out
 
 
 def choose_tiles(dtype: torch.dtype, target: GPUTarget, softcap: bool) -> Tiles:

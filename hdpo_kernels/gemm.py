@@ -1,11 +1,15 @@
 """Matrix products of low-precision operands into full-precision results, on any device.
 
-On CUDA the GEMM itself writes fp32 (`out_dtype`). Elsewhere operands are upcast block by block along the vocabulary,
-so that no full-precision copy of the weight exists.
+On CUDA the GEMM itself writes fp32 (`out_dtype`), and on ROCm and XPU where their build of torch can. Elsewhere
+operands are upcast block by block along the vocabulary, so that no full-precision copy of the weight exists.
 """
+
+import functools
 
 import torch
 from torch import Tensor
+
+from hdpo_kernels.device import ACCELERATORS
 
 UPCAST_BLOCK = 8192  # vocabulary entries upcast at a time: 32 MiB for H = 1024
 
@@ -37,4 +41,19 @@ def addmm_into(acc: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: f
 
 
 def _has_out_dtype(a: Tensor) -> bool:
-    return a.is_cuda and torch.version.hip is None
+    if a.is_cuda and torch.version.hip is None:
+        return True  # in every torch that is supported: an fp32 `acc` beside bf16 operands needs 2.10 (pytorch#167931)
+    return a.device.type in ACCELERATORS and _takes_out_dtype(a.device.type, a.dtype)
+
+
+@functools.cache
+def _takes_out_dtype(device: str, dtype: torch.dtype) -> bool:
+    """Whether this build's GEMMs do, tried once: ROCm has had it since pytorch#162600, XPU may get it."""
+    a = torch.ones(16, 16, dtype=dtype, device=device)
+    acc = torch.ones(16, 16, dtype=torch.float32, device=device)
+    try:
+        torch.mm(a, a, out_dtype=acc.dtype, out=acc)
+        torch.addmm(acc, a, a, out_dtype=acc.dtype, out=acc)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True

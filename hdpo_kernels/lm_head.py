@@ -7,6 +7,7 @@ the thin side of each GEMM:
     d_hidden_t = c_t · (g_t W)            d_weight = Σ_t g_tᵀ (c_t h_t)            d_bias = Σ_t c_t g_t
 """
 
+import itertools
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,12 +17,12 @@ from torch import Tensor
 from torch.utils import deterministic
 
 from hdpo_kernels.checks import check_label_values
-from hdpo_kernels.chunks import rows_for
+from hdpo_kernels.chunks import accelerator_bytes, rows_for
+from hdpo_kernels.device import ACCELERATORS, to_device
 from hdpo_kernels.gemm import addmm_into, mm_into
-from hdpo_kernels.naive import IGNORE_INDEX
+from hdpo_kernels.naive import IGNORE_INDEX, TokenLogp
 from hdpo_kernels.parallel import VocabShard
 from hdpo_kernels.rows import backend, fused_forward
-from hdpo_kernels.rows.torch import RowStats
 from hdpo_kernels.sampled.entries import Sampling
 
 
@@ -30,6 +31,11 @@ class HeadOptions:
     softcap: float | None = None
     logit_scale: float = 1.0
     chunk_bytes: int | None = None
+
+    @property
+    def arguments(self) -> tuple[float | None, float, int | None]:
+        """Its fields, as operators take them."""
+        return self.softcap, self.logit_scale, self.chunk_bytes
 
     def __post_init__(self) -> None:
         if self.softcap is not None and not 0 < self.softcap < float("inf"):
@@ -43,11 +49,20 @@ class HeadOptions:
 class ScoredRows:
     """Which of N rows go through the head: those with a label, where labels on the CPU tell, otherwise all."""
 
-    def __init__(self, labels: Tensor, vocab: int, device: torch.device) -> None:
-        check_label_values(labels, vocab)
-        self.num_rows, self._keep = labels.shape[0], _scored(labels)
-        self._index = None if self._keep is None else self._keep.to(device, non_blocking=True)
-        self.labels = self.select(labels).contiguous().to(device, non_blocking=True)
+    def __init__(self, labels: Tensor, vocab: int, device: torch.device, cu_seqlens: Tensor | None = None) -> None:
+        """cu_seqlens: boundaries in N, already checked, of sequences that the rows make up."""
+        self.all_scored = check_label_values(labels, vocab)  # and known to be
+        self.num_rows, self._keep, on_device = labels.shape[0], None, [labels.contiguous()]
+        if not self.all_scored and (keep := _scored(labels)) is not None:
+            self.all_scored, self._keep, on_device = True, keep, [labels.index_select(0, keep), keep]
+        if cu_seqlens is not None:
+            if self._keep is not None:
+                cu_seqlens = torch.searchsorted(self._keep, cu_seqlens.to("cpu", torch.int64))
+            self.bounds: list[int] = cu_seqlens.tolist()  # boundaries in the rows that go through the head
+            on_device.append(cu_seqlens.contiguous())
+        self.labels, *rest = to_device(on_device, device)
+        self._index = None if self._keep is None else rest[0]
+        self.cu_seqlens = None if cu_seqlens is None else rest[-1]
 
     def select(self, rows: Tensor) -> Tensor:
         """(N, …) -> (scored, …)"""
@@ -60,19 +75,10 @@ class ScoredRows:
             return rows
         return rows.new_zeros(self.num_rows, *rows.shape[1:]).index_copy_(0, self._index, rows)
 
-    def boundaries(self, cu_seqlens: list[int]) -> list[int]:
-        """Boundaries in N -> boundaries in the scored rows."""
-        if self._keep is None:
-            return cu_seqlens
-        return torch.searchsorted(self._keep, torch.tensor(cu_seqlens, device="cpu")).tolist()
-
 
 def _scored(labels: Tensor) -> Tensor | None:
-    """Indices of the rows with a label, or None for "all", or where finding out would cost a device sync."""
-    if labels.device.type != "cpu":
-        return None
-    scored = labels != IGNORE_INDEX
-    return None if scored.all() else scored.nonzero().squeeze(1)
+    """Indices of the rows with a label, or None where finding out would cost a device sync."""
+    return None if labels.device.type != "cpu" else (labels != IGNORE_INDEX).nonzero().squeeze(1)
 
 
 class LMHead:
@@ -86,20 +92,22 @@ class LMHead:
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        labels: Tensor,
+        rows: ScoredRows,
         options: HeadOptions,
         dtype: torch.dtype,
         with_grad: bool,
         sampling: Sampling | None = None,
         shard: VocabShard | None = None,  # of the vocabulary, if other ranks have more of it
     ) -> None:
-        self.hidden, self.weight, self.labels = hidden.to(dtype), weight.to(dtype), labels
+        self.hidden, self.weight = rows.select(hidden).to(dtype), weight.to(dtype)
+        self.labels, self.all_scored = rows.labels, rows.all_scored
+        if shard is not None and shard.cut:
+            self.labels = shard.own_labels(self.labels)
         self.bias = None if bias is None else bias.to(dtype).contiguous()
         self.options, self.with_grad, self.sampling = options, with_grad, sampling
-        num_rows, vocab = hidden.shape[0], weight.shape[0]
+        num_rows, vocab = self.hidden.shape[0], weight.shape[0]
         self.dtype = full_precision(dtype)
-        self.logp = torch.zeros(num_rows, dtype=self.dtype, device=hidden.device)
-        self.entropy = torch.zeros_like(self.logp)
+        self.stats = torch.empty(2, num_rows, dtype=self.dtype, device=hidden.device)  # logp and entropy of each row
         self._merge = shard.merge if shard is not None and shard.cut else None
         self._fused = None if with_grad or sampling or self._merge else fused_forward(self.hidden, self.weight)
         largest = vocab if shard is None else shard.largest  # ranks must cut rows alike
@@ -116,8 +124,8 @@ class LMHead:
             yield start, min(start + self.piece_rows, self.hidden.shape[0])
 
     def score(self, start: int, end: int) -> Tensor:
-        """Fill logp, entropy (and the sampling's entries) of rows start … end; return their gradient rows, if wanted,
-        valid until the next call.
+        """Fill stats (and the sampling's entries) of rows start … end; return their gradient rows, if wanted, valid
+        until the next call.
         """
         for first in range(start, end, self.tile_rows):
             rows = slice(first, min(first + self.tile_rows, end))
@@ -126,35 +134,34 @@ class LMHead:
                 grad_out = self._grad[first - start : rows.stop - start]
             elif self.sampling is not None:
                 grad_out = self.sampling.rows(rows)
-            stats = self._stats(rows, grad_out)
-            self.logp[rows], self.entropy[rows] = stats.logp, stats.entropy
+            self._score_tile(rows, grad_out)
         return self._grad[: end - start]
 
-    def _stats(self, rows: slice, grad_out: Tensor | Sampling | None) -> RowStats:
-        hidden, labels = self.hidden[rows], self.labels[rows]
-        head = {"bias": self.bias, "softcap": self.options.softcap, "logit_scale": self.options.logit_scale}
+    def _score_tile(self, rows: slice, grad_out: Tensor | Sampling | None) -> None:
+        hidden, labels, out = self.hidden[rows], self.labels[rows], TokenLogp(*self.stats[:, rows].unbind(0))
+        head = {"bias": self.bias, "softcap": self.options.softcap, "logit_scale": self.options.logit_scale, "out": out}
         if self._fused:
-            return self._fused(hidden, self.weight, labels, **head)
+            self._fused(hidden, self.weight, labels, **head)
+            return
         logits = self._logits[: len(hidden)]
         mm_into(logits, hidden, self.weight.T)
-        return backend(logits).row_stats(logits, labels, grad_out=grad_out, merge=self._merge, **head)
+        known = {"merge": self._merge} if self._merge else {"all_scored": self.all_scored}
+        backend(logits).row_stats(logits, labels, grad_out=grad_out, **known, **head)
 
-    def thin(self, start: int, end: int, scale: Tensor) -> Tensor:
-        """scale_t h_t for rows start … end, rows that are not scored zero whatever they hold: 0 · NaN is NaN."""
-        hidden, ignored = self.hidden[start:end], self.labels[start:end] == IGNORE_INDEX
-        # Rounded on the way out: no full-precision copy of the rows.
-        scaled = torch.mul(hidden, scale.unsqueeze(1), out=torch.empty_like(hidden))
-        return scaled.masked_fill_(ignored.unsqueeze(1), 0)
+    def thin(self, start: int, end: int, scale: Tensor, factor: float) -> Tensor:
+        """factor · scale_t h_t for rows start … end, rows that are not scored zero whatever they hold."""
+        labels = None if self.all_scored else self.labels[start:end]
+        hidden = self.hidden[start:end]
+        return backend(self.stats).scale_rows(hidden, scale, factor=factor, labels=labels)
 
 
 def buffers_for(
     num_rows: int, vocab: int, dtype: torch.dtype, with_grad: bool, chunk_bytes: int | None, device: torch.device
 ) -> tuple[int, int, list[tuple[int, torch.dtype]]]:
     """Rows of a piece, of a tile of logits, and (rows, dtype) of each buffer of V numbers a row."""
-    full = full_precision(dtype)
-    piece_rows, tile_rows = rows_for(
-        chunk_bytes or _default_chunk_bytes(device, vocab), vocab, full.itemsize, dtype.itemsize if with_grad else None
-    )
+    full, chunk_bytes = full_precision(dtype), chunk_bytes or _default_chunk_bytes(device, vocab)
+    grad_bytes = dtype.itemsize if with_grad else None
+    piece_rows, tile_rows = rows_for(chunk_bytes, _pitch(vocab, device), full.itemsize, grad_bytes)
     tables = [(min(tile_rows, num_rows), full)]
     if with_grad and dtype != full:
         tables.append((min(piece_rows, num_rows), dtype))
@@ -178,12 +185,13 @@ class WeightGrad:
 
         unit: scale is multiplied by it while it is in the inputs' dtype (fp16 ends at 6e-8), and the sum divided by it.
         """
-        scale, beta = scale * unit, 0.0 if self.empty else 1.0
+        beta = 0.0 if self.empty else 1.0
         d_weight, d_bias = self.sums
         if d_weight is not None:
-            addmm_into(d_weight, grad.T, head.thin(start, end, scale), alpha=1 / unit, beta=beta)
+            addmm_into(d_weight, grad.T, head.thin(start, end, scale, unit), alpha=1 / unit, beta=beta)
         if d_bias is not None:
-            addmm_into(d_bias.unsqueeze(1), grad.T, scale.unsqueeze(1).to(grad.dtype), alpha=1 / unit, beta=beta)
+            column = (scale * unit).unsqueeze(1).to(grad.dtype)
+            addmm_into(d_bias.unsqueeze(1), grad.T, column, alpha=1 / unit, beta=beta)
         self.empty = False
 
     def fold(self, other: "WeightGrad", factor: Tensor) -> None:
@@ -210,14 +218,6 @@ def full_precision(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def times(acc: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """factor · acc, rounded once to dtype; overwrites acc where that is of dtype already."""
-    looks = type(factor) is Tensor and not torch.compiler.is_compiling()  # a FakeTensor has no value
-    if looks and factor.device.type == "cpu" and factor == 1 and acc.dtype == dtype:
-        return acc  # a pass over d_weight saved; on another device the look would be a sync
-    return torch.mul(acc, factor, out=acc if acc.dtype == dtype else acc.new_empty(acc.shape, dtype=dtype))
-
-
 _kept = threading.local()
 
 
@@ -227,7 +227,8 @@ def _buffers(device: torch.device, vocab: int, *tables: tuple[int, torch.dtype])
     A CPU's system zeroes pages at their first touch and takes large blocks back when they are freed: together up to a
     third of the GEMM that writes the logits. CUDA's allocator keeps its blocks by itself.
     """
-    sizes = [-(-rows * vocab * dtype.itemsize // 512) * 512 for rows, dtype in tables]  # rows aligned as GEMMs like it
+    pitch = _pitch(vocab, device)
+    sizes = [-(-rows * pitch * dtype.itemsize // 512) * 512 for rows, dtype in tables]  # rows aligned as GEMMs like it
     memory = getattr(_kept, "memory", None) if device.type == "cpu" else None
     if memory is None or memory.numel() < sum(sizes):
         memory = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
@@ -235,14 +236,21 @@ def _buffers(device: torch.device, vocab: int, *tables: tuple[int, torch.dtype])
             _kept.memory = memory
     elif torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
         memory.fill_(255)  # NaN in every floating dtype, as in fresh memory then
+    starts = [0, *itertools.accumulate(sizes)]
     return [
-        part[: rows * vocab * dtype.itemsize].view(dtype).view(rows, vocab)
-        for part, (rows, dtype) in zip(memory[: sum(sizes)].split(sizes), tables, strict=True)
+        memory.view(dtype).as_strided((rows, vocab), (pitch, 1), start // dtype.itemsize)
+        for start, (rows, dtype) in zip(starts, tables, strict=False)
     ]
+
+
+def _pitch(vocab: int, device: torch.device) -> int:
+    """Numbers from one row of a buffer to the next. Rows of an odd vocabulary, aligned to 2 bytes, would halve cuBLAS'
+    speed.
+    """
+    return -(-vocab // 64) * 64 if device.type in ACCELERATORS else vocab
 
 
 def _default_chunk_bytes(device: torch.device, vocab: int) -> int:
     # CPU: 512 rows fill a GEMM, and a pass over d_weight is then some 5% of the piece's GEMMs. Accelerators want
-    # thousands of rows for the same reason (d_weight's traffic), and have the memory: with the piece's scaled hidden
-    # states it stays below 1 GiB.
-    return 512 * 4 * vocab if device.type == "cpu" else 960 * 2**20
+    # thousands of rows for the same reason (d_weight's traffic), and have the memory.
+    return 512 * 4 * vocab if device.type == "cpu" else accelerator_bytes(vocab)

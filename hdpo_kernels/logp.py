@@ -3,16 +3,15 @@
 Exact gradient: 1 GEMM forward, 3 backward. Sampled gradient: 1 GEMM forward, two sparse products backward.
 """
 
-from dataclasses import astuple
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hdpo_kernels.checks import check_gradient, check_head
-from hdpo_kernels.lm_head import HeadOptions, LMHead, ScoredRows, WeightGrad, full_precision, times
+from hdpo_kernels.lm_head import HeadOptions, LMHead, ScoredRows, WeightGrad, full_precision
 from hdpo_kernels.naive import TokenLogp
 from hdpo_kernels.ops import operator
+from hdpo_kernels.rows import backend
 from hdpo_kernels.sampled import products
 from hdpo_kernels.sampled.entries import Entries, Sampling, draw, new_entries
 
@@ -52,7 +51,7 @@ def linear_logp(
     dtype, needs = compute_dtype(hidden), needs_grad(hidden, weight, bias)
     # Drawn out here, where torch.compile and checkpointing see to it that a second forward draws the same.
     draws = draw(hidden.shape[0], hidden.device) if gradient == "sampled" and any(needs) else None
-    return TokenLogp(*LinearLogp.apply(hidden, weight, bias, labels, draws, epsilon, *astuple(options), dtype, needs))
+    return TokenLogp(*LinearLogp.apply(hidden, weight, bias, labels, draws, epsilon, *options.arguments, dtype, needs))
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -92,11 +91,11 @@ def _linear_logp(
     if draws is not None:
         entries = new_entries(hidden.shape[0], epsilon, full_precision(dtype), hidden.device)
         sampling = Sampling(epsilon, rows.select(draws), entries)
-    with torch.autocast(hidden.device.type, enabled=False):
-        head = LMHead(rows.select(hidden), weight, bias, rows.labels, options, dtype, False, sampling)
-        for start, end in head.pieces():
-            head.score(start, end)
-    return rows.spread(head.logp), rows.spread(head.entropy), [] if sampling is None else list(sampling.entries)
+    head = LMHead(hidden, weight, bias, rows, options, dtype, False, sampling)
+    for start, end in head.pieces():
+        head.score(start, end)
+    logp, entropy = head.stats[0], head.stats[1].clone()  # results of an operator share no memory
+    return rows.spread(logp), rows.spread(entropy), [] if sampling is None else list(sampling.entries)
 
 
 def _fake_linear_logp_backward(d_logp, hidden, weight, bias, labels, entries, *options):
@@ -119,12 +118,10 @@ def _linear_logp_backward(
 ) -> list[Tensor]:
     """Those of d_hidden (N, H), d_weight (V, H), d_bias (V,) that `needs` names; by the entries, if there are any."""
     rows = ScoredRows(labels, weight.shape[0], hidden.device)
-    with torch.autocast(hidden.device.type, enabled=False):
-        if entries:
-            return _sparse_backward(rows, rows.select(d_logp), hidden, weight, bias, Entries(*entries), needs)
-        options = HeadOptions(softcap, logit_scale, chunk_bytes)
-        head = LMHead(rows.select(hidden), weight, bias, rows.labels, options, dtype, with_grad=True)
-        return _recomputing_backward(rows, rows.select(d_logp), hidden, weight, bias, head, needs)
+    if entries:
+        return _sparse_backward(rows, rows.select(d_logp), hidden, weight, bias, Entries(*entries), needs)
+    head = LMHead(hidden, weight, bias, rows, HeadOptions(softcap, logit_scale, chunk_bytes), dtype, with_grad=True)
+    return _recomputing_backward(rows, rows.select(d_logp), hidden, weight, bias, head, needs)
 
 
 def _sparse_backward(
@@ -169,10 +166,13 @@ def _recomputing_backward(
         if d_hidden is not None:
             torch.mm(grad, head.weight, out=d_hidden[start:end])
         d_weight.add(head, grad, start, end, relative[start:end])
-    results = [] if d_hidden is None else [rows.spread(d_hidden.to(hidden.dtype).mul_(d_logp.unsqueeze(1)))]
+    results = []
+    if d_hidden is not None:
+        scaled = backend(d_logp).scale_rows(d_hidden, d_logp, dtype=hidden.dtype, inplace=True)
+        results.append(rows.spread(scaled))
     for acc, tensor in zip(d_weight.total(), (weight, bias), strict=True):
         if acc is not None and tensor is not None:
-            results.append(times(acc, largest, tensor.dtype))
+            results.append(backend(acc).times(acc, largest, tensor.dtype))
     return results
 
 

@@ -14,6 +14,7 @@ in which a_s and k_s depend on lengths alone and are known before any logits are
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,11 @@ class PairOptions:
             )
         if not 0 <= self.nll_weight < math.inf:
             raise ValueError(f"nll_weight must be zero or positive, got {self.nll_weight}")
+
+    @property
+    def arguments(self) -> tuple[float, float, str, float, float]:
+        """Its fields, as operators take them."""
+        return self.alpha, self.beta, self.loss_type, self.label_smoothing, self.nll_weight
 
     @property
     def needs_lengths(self) -> bool:
@@ -95,27 +101,46 @@ def pair_loss(
     return evaluate(logps, ref_logps, lengths, options)
 
 
+class Scored(NamedTuple):
+    """What the loss makes of pairs."""
+
+    terms: Tensor  # (P,) whose sum is the loss: f(u_p) / P, and the nll term
+    slope: Tensor  # (P,) f'(u_p)
+    rewards: Tensor  # (S,) β(αℓ − ρ)
+    weights: Tensor  # (S,) w
+
+
 def evaluate(logps: Tensor, ref_logps: Tensor | None, lengths: Tensor | None, options: PairOptions) -> HDPOLoss:
     """The loss and what is plotted beside it; inputs already checked."""
-    num_pairs = max(logps.shape[0] // 2, 1)
-    value, _ = _objective(_pair_margin(logps, ref_logps, lengths, options), options)
-    loss = value.sum() / num_pairs
+    terms, _, rewards, _ = score(logps, ref_logps, lengths, options, logps.shape[0] // 2)
+    chosen, rejected = rewards.detach().view(-1, 2).unbind(1)
+    return HDPOLoss(terms.sum(), logps.detach(), None, chosen, rejected, chosen - rejected)
+
+
+def score(
+    logps: Tensor, ref_logps: Tensor | None, lengths: Tensor | None, options: PairOptions, num_pairs: int
+) -> Scored:
+    """The pairs that logps (S,) are of, some or all of the `num_pairs` that the loss is a mean over."""
+    num_pairs = max(num_pairs, 1)
+    scores = options.alpha * logps
+    if ref_logps is not None:
+        scores = scores - ref_logps
+    weights = _weights(logps.detach() if lengths is None else lengths, options)
+    value, slope = _objective((weights * scores).view(-1, 2).sum(1), options)
+    terms = value / num_pairs
     if options.nll_weight:
         assert lengths is not None
-        loss = loss - options.nll_weight * (logps / lengths.clamp(min=1))[0::2].sum() / num_pairs
-    rewards = options.beta * _scores(logps.detach(), ref_logps, options)
-    chosen, rejected = rewards[0::2], rewards[1::2]
-    return HDPOLoss(loss, logps.detach(), None, chosen, rejected, chosen - rejected)
+        terms = terms - options.nll_weight / num_pairs * (logps / lengths.clamp(min=1))[0::2]
+    return Scored(terms, slope, options.beta * scores, weights)
 
 
-def slope(logps: Tensor, ref_logps: Tensor | None, lengths: Tensor | None, options: PairOptions) -> Tensor:
-    """f'(u_p) for each pair, (P,)."""
-    return _objective(_pair_margin(logps, ref_logps, lengths, options), options)[1]
-
-
-def sequence_coefficients(num_pairs: int, lengths: Tensor, options: PairOptions) -> tuple[Tensor, Tensor]:
-    """a and k, each (S,): c_s = a_s · f'(u_p) + k_s."""
-    a = options.alpha / max(num_pairs, 1) * _weights(lengths, options)
+def sequence_coefficients(
+    num_pairs: int, lengths: Tensor, options: PairOptions, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """a and k, each (S,): c_s = a_s · f'(u_p) + k_s. weights: those of `Scored`, where they are known."""
+    a = options.alpha / max(num_pairs, 1) * (_weights(lengths, options) if weights is None else weights)
+    if not options.nll_weight:
+        return a, torch.zeros_like(a)
     k = -options.nll_weight / max(num_pairs, 1) / lengths.clamp(min=1)
     k[1::2] = 0
     return a, k
@@ -128,24 +153,12 @@ def _weights(like: Tensor, options: PairOptions) -> Tensor:
     return w
 
 
-def _scores(logps: Tensor, ref_logps: Tensor | None, options: PairOptions) -> Tensor:
-    scores = options.alpha * logps
-    return scores if ref_logps is None else scores - ref_logps
-
-
-def _pair_margin(logps: Tensor, ref_logps: Tensor | None, lengths: Tensor | None, options: PairOptions) -> Tensor:
-    """u (P,)"""
-    weighted = _weights(logps.detach() if lengths is None else lengths, options) * _scores(logps, ref_logps, options)
-    return weighted.view(-1, 2).sum(1)
-
-
 def _objective(u: Tensor, options: PairOptions) -> tuple[Tensor, Tensor]:
     """f(u) and f'(u), each (P,); ε the probability of a flipped label."""
     eps = options.label_smoothing
     if options.loss_type == "sigmoid":
-        return -(1 - eps) * F.logsigmoid(u) - eps * F.logsigmoid(-u), eps * torch.sigmoid(u) - (
-            1 - eps
-        ) * torch.sigmoid(-u)
+        # ε σ(u) − (1 − ε) σ(−u) = ε − σ(−u)
+        return -(1 - eps) * F.logsigmoid(u) - eps * F.logsigmoid(-u), torch.sigmoid(-u).neg() + eps
     if options.loss_type == "hinge":
         value = (1 - eps) * F.relu(1 - u) + eps * F.relu(1 + u)
         return value, eps * (u > -1).to(u.dtype) - (1 - eps) * (u < 1).to(u.dtype)

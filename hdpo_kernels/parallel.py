@@ -44,21 +44,6 @@ class Ranks:
         return tensor.tolist()
 
 
-def sum_over_ranks(values: Tensor, name: str | None) -> Tensor:
-    """Differentiable: every rank computes the same loss of the sum, whose gradient is then that of each rank's part."""
-    return values if name is None else _Sum.apply(values, name)
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, values: Tensor, name: str) -> Tensor:
-        return Ranks(name).sum(values.clone())
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
 class VocabShard:
     """Which part of the vocabulary is on this rank: all of it, or a run of entries, in the order of ranks.
 

@@ -1,6 +1,5 @@
 """Sums over the tokens of each sequence."""
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -24,12 +23,6 @@ def sequence_sum(values: Tensor, cu_seqlens: Tensor | Sequence[int]) -> Tensor:
     return SequenceSum.apply(values, as_boundaries(cu_seqlens))
 
 
-def sequence_of_row(cu_seqlens: list[int], device: torch.device) -> Tensor:
-    """(N,) int64: the sequence each row belongs to. Built on the host, so that no device is asked for a length."""
-    lengths = [end - start for start, end in itertools.pairwise(cu_seqlens)]
-    return torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device="cpu")).to(device, non_blocking=True)
-
-
 def _fake_sequence_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     return values.new_empty(cu_seqlens.shape[0] - 1, dtype=torch.promote_types(values.dtype, torch.float32))
 
@@ -40,6 +33,15 @@ def _sequence_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     return backend(values).sequence_sum(values, boundaries(cu_seqlens, values.shape[0]))
 
 
+def _fake_sequence_spread(values: Tensor, cu_seqlens: Tensor, num_rows: int) -> Tensor:
+    return values.new_empty(num_rows)
+
+
+@operator(_fake_sequence_spread)
+def _sequence_spread(values: Tensor, cu_seqlens: Tensor, num_rows: int) -> Tensor:
+    return backend(values).sequence_spread(values, cu_seqlens.tolist())
+
+
 class SequenceSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -48,5 +50,17 @@ class SequenceSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        lengths = ctx.cu_seqlens.diff().to(grad.device, non_blocking=True)
-        return grad.repeat_interleave(lengths, output_size=ctx.num_rows).to(ctx.dtype), None
+        return SequenceSpread.apply(grad, ctx.cu_seqlens, ctx.num_rows).to(ctx.dtype), None
+
+
+class SequenceSpread(torch.autograd.Function):
+    """The adjoint of the sum: each row has its sequence's value."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, cu_seqlens: Tensor, num_rows: int) -> Tensor:
+        ctx.cu_seqlens = cu_seqlens
+        return _sequence_spread(values, cu_seqlens, num_rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return SequenceSum.apply(grad, ctx.cu_seqlens), None, None

@@ -5,13 +5,14 @@ passes cost about as much memory traffic as two.
 """
 
 import itertools
+import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hdpo_kernels.naive import IGNORE_INDEX
+from hdpo_kernels.device import to_device
+from hdpo_kernels.naive import IGNORE_INDEX, TokenLogp
 from hdpo_kernels.sampled.entries import DRAWS, Sampling
 
 BLOCK_BYTES = 2 * 2**20  # of logits; as much again is scratch: together the L2 cache of two current CPU cores
@@ -20,16 +21,12 @@ BLOCK_BYTES = 2 * 2**20  # of logits; as much again is scratch: together the L2 
 _FLUSH_BELOW = 2.0**-80
 
 
-class RowStats(NamedTuple):
-    lse: Tensor  # (n,) log-sum-exp of the logits after bias, scale and softcap
-    logp: Tensor  # (n,) label's log-probability; 0 where the label is -100
-    entropy: Tensor  # (n,) nats; 0 where the label is -100
-
-
 def row_stats(
     logits: Tensor,  # (n, V)
     labels: Tensor,  # (n,) int64
     *,
+    out: TokenLogp | None = None,  # where the statistics go
+    all_scored: bool = False,  # labels are known to be inside the vocabulary, none of them -100
     bias: Tensor | None = None,  # (V,)
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -37,21 +34,29 @@ def row_stats(
     grad_out: Tensor | Sampling | None = None,
     overwrite: bool = True,  # the logits may be used as scratch
     merge: Callable[[Tensor], Tensor] | None = None,  # logits are a shard of the vocabulary: see parallel.VocabShard
-) -> RowStats:
-    if merge is not None:
-        return _sharded_row_stats(logits, labels, bias, softcap, logit_scale, grad_out, merge)
+) -> TokenLogp:
     n, vocab = logits.shape
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    top, total, largest, label_z, sum_pz = torch.empty(5, n, dtype=dtype, device=logits.device)
-    # A label outside the vocabulary must not index: its log-probability is NaN, and so is the loss.
-    scored, valid = labels != IGNORE_INDEX, (labels >= 0) & (labels < vocab)
-    y, all_scored = labels.masked_fill(~valid, 0).unsqueeze(1), bool(scored.all())
-    block = n if logits.device.type != "cpu" else max(1, BLOCK_BYTES // max(1, vocab * dtype.itemsize))
+    out = TokenLogp(*torch.empty(2, n, dtype=dtype, device=logits.device)) if out is None else out
+    if merge is not None:
+        logp, entropy = _sharded_row_stats(logits, labels, bias, softcap, logit_scale, grad_out, merge)
+        return TokenLogp(out.logp.copy_(logp), out.entropy.copy_(entropy))
+    # What has one number a row is computed once for all rows, not a block at a time.
+    numbers = torch.empty(5, n, 1, dtype=dtype, device=logits.device)  # top, total, largest, label_z, sum_pz
+    y, ignored, valid = labels.unsqueeze(1), None, None
+    if not all_scored:
+        # A label outside the vocabulary must not index: its log-probability is NaN, and so is the loss.
+        ignored, valid = y == IGNORE_INDEX, (y >= 0) & (y < vocab)
+        y = y.masked_fill(~valid, 0)
+    block = max(1, n if logits.device.type != "cpu" else BLOCK_BYTES // max(1, vocab * dtype.itemsize))
     scratch = torch.empty(min(block, n), vocab, dtype=dtype, device=logits.device)
-    for start in range(0, n, max(block, 1)):
+    for start in range(0, n, block):
         rows = slice(start, min(start + block, n))
-        z = logits[rows].to(dtype, copy=not overwrite)
-        p = scratch[: rows.stop - start]
+        z, label, block_numbers, p = logits, y, numbers, scratch
+        if n > block:  # a small call is a few operations, and spared these
+            z, label, block_numbers, p = z[rows], label[rows], numbers[:, rows], scratch[: rows.stop - start]
+        z = z.to(dtype, copy=not overwrite)
+        top, total, largest, label_z, sum_pz = block_numbers.unbind(0)
         if bias is not None:
             z.add_(bias)
         if logit_scale != 1.0:
@@ -62,38 +67,44 @@ def row_stats(
             tanh = z.clone() if grad_out is not None else None
             z.mul_(softcap)
 
-        torch.amax(z, 1, out=top[rows])
-        z.sub_(top[rows].unsqueeze(1))
-        label_z[rows] = z.gather(1, y[rows]).squeeze(1)
+        torch.amax(z, 1, keepdim=True, out=top)
+        z.sub_(top)
+        torch.gather(z, 1, label, out=label_z)
         torch.softmax(z, 1, out=p)
         # torch's softmax adds up a row plainly, which at V = 32,000 is off by up to 3e-5; `sum` is pairwise. Divided by
         # their own sum, the probabilities have all their digits again, and the largest is 1 / Σ e^z.
-        torch.sum(p, 1, out=total[rows])
-        torch.amax(p, 1, out=largest[rows])
-        torch.sum(z.mul_(p), 1, out=sum_pz[rows])
-        if not sum_pz[rows].isfinite().all():  # 0 · −inf from a vocabulary entry switched off by a bias of −inf
-            torch.sum(z.masked_fill_(p == 0, 0), 1, out=sum_pz[rows])
+        torch.sum(p, 1, keepdim=True, out=total)
+        torch.amax(p, 1, keepdim=True, out=largest)
+        torch.sum(z.mul_(p), 1, keepdim=True, out=sum_pz)
+        if not math.isfinite(sum_pz.sum()):  # 0 · −inf from a vocabulary entry switched off by a bias of −inf
+            torch.sum(z.masked_fill_(p == 0, 0), 1, keepdim=True, out=sum_pz)
         if grad_out is None:
             continue
         if isinstance(grad_out, Sampling):
-            p.div_(total[rows].unsqueeze(1))
-            _sample(p, y[rows], valid[rows], scored[rows], tanh, logit_scale, grad_out.rows(rows))
+            _sample(p.div_(total), labels[rows], tanh, logit_scale, grad_out.rows(rows))
             continue
 
         torch.threshold_(p, _FLUSH_BELOW, 0.0)
-        grad = torch.mul(p, -1 / total[rows].unsqueeze(1), out=z)
-        grad.scatter_add_(1, y[rows], valid[rows].unsqueeze(1).to(dtype))
+        grad = torch.mul(p, total.reciprocal().neg_(), out=z)
+        grad.scatter_add_(1, label, torch.ones_like(total) if valid is None else valid[rows].to(dtype))
         if tanh is not None:
             grad.addcmul_(grad * tanh, tanh, value=-1)  # · (1 − tanh²), the softcap's derivative
         if logit_scale != 1.0:
             grad.mul_(logit_scale)
-        if not all_scored:
-            grad.masked_fill_(~scored[rows].unsqueeze(1), 0)
-        if grad.data_ptr() != grad_out[rows].data_ptr():
-            grad_out[rows] = grad
+        if ignored is not None:
+            grad.masked_fill_(ignored[rows], 0)
+        here = grad_out if n <= block else grad_out[rows]
+        if grad.data_ptr() != here.data_ptr():
+            here.copy_(grad)
+    _, total, largest, label_z, sum_pz = numbers.view(5, n).unbind(0)
     log_total = (total / largest).log_()
-    logp = (label_z - log_total).masked_fill_(~valid, torch.nan).masked_fill_(~scored, 0)
-    return RowStats(top + log_total, logp, torch.where(scored, log_total - sum_pz / total, 0))
+    torch.sub(label_z, log_total, out=out.logp)
+    torch.sub(log_total, sum_pz.div_(total), out=out.entropy)
+    if valid is not None and ignored is not None:
+        ignored = ignored.squeeze(1)
+        out.logp.masked_fill_(~valid.squeeze(1), torch.nan).masked_fill_(ignored, 0)
+        out.entropy.masked_fill_(ignored, 0)
+    return out
 
 
 def _sharded_row_stats(
@@ -104,7 +115,7 @@ def _sharded_row_stats(
     logit_scale: float,
     grad_out: Tensor | Sampling | None,
     merge: Callable[[Tensor], Tensor],
-) -> RowStats:
+) -> TokenLogp:
     """In two passes: what is merged is known after the first."""
     assert not isinstance(grad_out, Sampling)
     scored = labels != IGNORE_INDEX
@@ -126,14 +137,12 @@ def _sharded_row_stats(
         if tanh is not None:
             grad.mul_(1 - tanh.square())
         grad_out.copy_(grad.mul_(logit_scale).masked_fill_(~scored.unsqueeze(1), 0))
-    return RowStats(top + log_total, logp.masked_fill(~scored, 0), entropy.masked_fill(~scored, 0))
+    return TokenLogp(logp.masked_fill(~scored, 0), entropy.masked_fill(~scored, 0))
 
 
 def _sample(
     p: Tensor,  # (n, V) probabilities
-    y: Tensor,  # (n, 1) labels, any number inside the vocabulary where they are not valid
-    valid: Tensor,  # (n,)
-    scored: Tensor,  # (n,)
+    labels: Tensor,  # (n,)
     tanh: Tensor | None,  # (n, V) of the softcap
     logit_scale: float,
     sampling: Sampling,
@@ -144,6 +153,8 @@ def _sample(
     is taken. Of the sum only the fraction is kept, in fixed point: exact, so no probability is lost or taken twice.
     """
     epsilon, draws, entries = sampling
+    valid, scored = (labels >= 0) & (labels < p.shape[1]), labels != IGNORE_INDEX
+    y = labels.masked_fill(~valid, 0).unsqueeze(1)
     kept = p < epsilon
     kept.logical_not_()  # a NaN is kept
     kept.scatter_(1, y, kept.gather(1, y) | valid.unsqueeze(1))
@@ -168,6 +179,41 @@ def _sample(
 
 
 def sequence_sum(values: Tensor, cu_seqlens: list[int]) -> Tensor:
-    """(N,) -> (S,). One `sum` a sequence: torch's is pairwise, so 64k tokens do not lose digits."""
+    """(…, N) -> (…, S). One `sum` a sequence: torch's is pairwise, so 64k tokens do not lose digits."""
     lengths = [end - start for start, end in itertools.pairwise(cu_seqlens)]
-    return torch.stack([part.sum() for part in values.split(lengths)]) if lengths else values.new_zeros(0)
+    if not lengths:
+        return values.new_zeros(*values.shape[:-1], 0)
+    return torch.stack([part.sum(-1) for part in values.split(lengths, -1)], -1)
+
+
+def sequence_spread(values: Tensor, cu_seqlens: list[int]) -> Tensor:
+    """(S,) -> (N,): each row has its sequence's value."""
+    lengths = [end - start for start, end in itertools.pairwise(cu_seqlens)]
+    (repeats,) = to_device([torch.tensor(lengths, dtype=torch.int64, device="cpu")], values.device)
+    return values.repeat_interleave(repeats, output_size=cu_seqlens[-1])
+
+
+def scale_rows(
+    rows: Tensor,  # (n, H)
+    scale: Tensor,  # (n,)
+    *,
+    factor: Tensor | float = 1.0,  # () or a number
+    labels: Tensor | None = None,  # (n,): rows that are not scored come out zero whatever they hold, 0 · NaN is NaN
+    dtype: torch.dtype | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """factor · scale_t · rows_t, rounded once to dtype; overwrites rows if they are of dtype already and may be."""
+    dtype = rows.dtype if dtype is None else dtype
+    # Rounded on the way out: no full-precision copy of the rows.
+    out = rows if inplace and rows.dtype == dtype else torch.empty(rows.shape, dtype=dtype, device=rows.device)
+    scale = scale if isinstance(factor, float) and factor == 1.0 else scale * factor
+    torch.mul(rows, scale.unsqueeze(1), out=out)
+    return out if labels is None else out.masked_fill_((labels == IGNORE_INDEX).unsqueeze(1), 0)
+
+
+def times(acc: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """factor · acc, rounded once to dtype; overwrites acc where that is of dtype already."""
+    looks = type(factor) is Tensor and not torch.compiler.is_compiling()  # a FakeTensor has no value
+    if looks and factor.device.type == "cpu" and factor == 1 and acc.dtype == dtype:
+        return acc  # a pass over d_weight saved; on another device the look would be a sync
+    return torch.mul(acc, factor, out=acc if acc.dtype == dtype else acc.new_empty(acc.shape, dtype=dtype))

@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from hdpo_kernels import lm_head, rows, sampled
+from hdpo_kernels import lm_head, pairs, rows, sampled
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +18,7 @@ def hostile_memory():
 
 @pytest.fixture(params=["torch", "triton"])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A device on which row operations and sparse products are torch's, then one on which they are Triton's.
+    """A device on which row and pair operations and sparse products are torch's, then one on which they are Triton's.
 
     The latter is a GPU, or the interpreter.
     """
@@ -26,6 +26,8 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         return "cpu"
     if torch.cuda.is_available():
         return "cuda"
+    from hdpo_kernels.pairs import torch as torch_pairs
+    from hdpo_kernels.pairs import triton as triton_pairs
     from hdpo_kernels.rows import torch as torch_rows
     from hdpo_kernels.rows import triton as triton_rows
     from hdpo_kernels.sampled import torch as torch_products
@@ -33,6 +35,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
     for name, original, triton, torch_ in (
         ("backend", rows.backend, triton_rows, torch_rows),
+        ("pair_operation", pairs.pair_operation, triton_pairs, torch_pairs),
         ("products", sampled.products, triton_products, torch_products),
     ):
         pick = lambda t, triton=triton, torch_=torch_: triton if t.element_size() < 8 else torch_  # noqa: E731

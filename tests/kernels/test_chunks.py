@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from hdpo_kernels.chunks import Chunk, Piece, plan_chunks, rows_for
+from hdpo_kernels.chunks import Chunk, Piece, accelerator_bytes, plan_chunks, rows_for
 
 
 def plan(lengths, max_rows):
@@ -98,3 +98,13 @@ def test_rows_for_fits_the_budget():
 def test_rows_for_gives_gradient_rows_what_a_tile_of_logits_does_not_need():
     piece, tile = rows_for(960 * 2**20, 128256, 4, 2)
     assert tile == 384 and piece == 3156, "three pairs of 1,024 rows"
+
+
+@pytest.mark.parametrize(
+    ("vocab", "rows", "mib"),
+    [(32000, 1536, 960), (50304, 896, 960), (128256, 384, 960), (151936, 384, 1113), (256000, 384, 1875)],
+)
+def test_accelerator_bytes_are_tiles_that_outlast_a_launch_and_3072_rows_of_gradient(vocab, rows, mib):
+    chunk_bytes = accelerator_bytes(vocab)
+    piece, tile = rows_for(chunk_bytes, vocab, 4, 2)
+    assert tile == rows and piece >= 3072 and round(chunk_bytes / 2**20) == mib

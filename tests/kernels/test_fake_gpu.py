@@ -79,19 +79,16 @@ def test_the_committed_table_is_what_is_counted_now(outcomes):
     assert committed == now, "run python -m benchmarks.static"
 
 
-@pytest.mark.xfail(strict=True, reason="the loss of a pair is some sixty torch operations")
 @pytest.mark.parametrize(("call", "most"), [(SMALL, 28), (ODD, 70), (LARGE, 110)], ids=lambda x: getattr(x, "name", x))
 def test_launches_are_as_few_as_they_should_be(outcomes, call, most):
     assert sum(counts.launches for counts in outcomes[call.name][1:3]) <= most
 
 
-@pytest.mark.xfail(strict=True, reason="labels and boundaries are copied from pageable memory")
 def test_nothing_is_copied_from_pageable_memory(outcomes):
     counts = [counts for each in outcomes.values() for counts in each[1:3] if counts is not None]
     assert {each.call: each.pageable for each in counts if each.pageable} == {}
 
 
-@pytest.mark.xfail(strict=True, reason="kernels are launched on the current device, not on their tensors'")
 @pytest.mark.parametrize("name", [SMALL.name, "Llama-3-8B, 8 pairs, sampled", "Qwen2.5-0.5B, 8 pairs, no gradient",
                                   "Llama-3-8B, 8 pairs, from logits", "Llama-3-8B, 8 pairs, XPU"])  # fmt: skip
 def test_calls_run_on_the_device_of_their_tensors(name):

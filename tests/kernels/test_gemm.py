@@ -1,5 +1,7 @@
 """Products of low-precision operands with full-precision results."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -35,3 +37,24 @@ def test_addmm_into_of_no_rows_is_zero():
     acc = torch.full((7, 3), torch.nan, device=DEVICE)
     gemm.addmm_into(acc, torch.empty(7, 0, device=DEVICE), torch.empty(0, 3, device=DEVICE), beta=0.0)
     assert (acc == 0).all()
+
+
+@pytest.mark.parametrize(("kind", "hip"), [("cuda", "6.4"), ("xpu", None)])
+@pytest.mark.parametrize("can", [True, False])
+def test_out_dtype_is_tried_once_on_rocm_and_xpu(monkeypatch, kind, hip, can):
+    tried = []
+
+    def mm(a, b, *, out_dtype, out):
+        tried.append((tuple(a.shape), a.dtype, out_dtype))
+        if not can:
+            raise RuntimeError("mm with out_dtype is not supported on this device")
+
+    gemm._takes_out_dtype.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(gemm.torch, "mm", mm)
+    monkeypatch.setattr(gemm.torch, "addmm", lambda *args, out_dtype, out: None)
+    monkeypatch.setattr(gemm.torch, "ones", lambda *shape, dtype, device: torch.zeros(shape, dtype=dtype))
+    operand = SimpleNamespace(device=torch.device(kind), dtype=torch.bfloat16, is_cuda=kind == "cuda")
+    assert [gemm._has_out_dtype(operand) for _ in range(3)] == [can] * 3
+    assert tried == [((16, 16), torch.bfloat16, torch.float32)]
+    gemm._takes_out_dtype.cache_clear()

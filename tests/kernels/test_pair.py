@@ -44,7 +44,7 @@ def test_sequence_coefficients_and_slope_are_the_gradient_of_the_oracle(options)
     logps, ref_logps, lengths = make_pairs()
     parsed, n = PairOptions(**options), lengths.double()
     a, k = pair.sequence_coefficients(4, n, parsed)
-    c = a * pair.slope(logps, ref_logps, n, parsed).repeat_interleave(2) + k
+    c = a * pair.score(logps, ref_logps, n, parsed, 4).slope.repeat_interleave(2) + k
     leaf = logps.clone().requires_grad_()
     (expected,) = torch.autograd.grad(naive.pair_loss(leaf, ref_logps, lengths=n, **options).loss, leaf)
     torch.testing.assert_close(c, expected, rtol=1e-9, atol=1e-12)

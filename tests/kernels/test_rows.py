@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +12,16 @@ from hdpo_kernels import naive
 from hdpo_kernels.testing import assert_as_accurate_as, zipf_inputs
 
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BLOCK_V = 4096  # the Triton kernels' tile
+BLOCK_V = 2048  # the Triton kernels' tile
 
 
-@pytest.fixture(params=["torch", "triton"])
-def rows(request):
-    return importlib.import_module(f"hdpo_kernels.rows.{request.param}")
+@pytest.fixture(params=["torch", "triton", "triton, rows too long for a program"])
+def rows(request, monkeypatch):
+    """Triton's statistics and gradient of a row are one kernel where the row fits a program, otherwise two."""
+    module = importlib.import_module(f"hdpo_kernels.rows.{request.param.split(',')[0]}")
+    if "," in request.param:
+        monkeypatch.setattr(module, "WHOLE_ROW", 0)
+    return module
 
 
 @pytest.fixture
@@ -45,7 +50,7 @@ def check_row_stats(rows, logits, labels, *, grad_dtype=torch.float32, **options
     stats = rows.row_stats(logits.clone(), labels, grad_out=grad, **options)
     scale = float(logits[logits.isfinite()].abs().max()) + 1  # what a log-probability is a difference of
     for name, actual, low, exact, size in zip(
-        ("logp", "entropy", "gradient"), (*stats[1:], grad), baseline, truth, (scale, scale, 1.0), strict=True
+        ("logp", "entropy", "gradient"), (*stats, grad), baseline, truth, (scale, scale, 1.0), strict=True
     ):
         assert_as_accurate_as(actual, low, exact, scale=size, name=name)
 
@@ -69,7 +74,7 @@ def test_row_stats_match_the_oracle_with_bias_softcap_and_scale(rows, device, dt
 def test_row_stats_of_equal_logits_are_log_vocab(rows, device):
     stats = rows.row_stats(torch.full((2, 32003), 7.0, device=device), torch.tensor([0, 32002], device=device))
     log_vocab = math.log(32003)
-    for actual, expected in zip(stats, (7.0 + log_vocab, -log_vocab, log_vocab), strict=True):
+    for actual, expected in zip(stats, (-log_vocab, log_vocab), strict=True):
         assert actual.tolist() == pytest.approx([expected] * 2, rel=1e-6)
 
 
@@ -144,7 +149,7 @@ def test_row_stats_of_a_row_with_nan_or_inf_are_nan(rows, device, value):
     logits[1, 7] = value
     grad = torch.empty_like(logits)
     stats = rows.row_stats(logits, labels, grad_out=grad)
-    for tensor in (*stats[1:], grad[:, 9]):
+    for tensor in (*stats, grad[:, 9]):
         assert tensor.isnan().tolist() == [False, True, False]
 
 
@@ -216,3 +221,47 @@ def test_row_stats_do_not_lose_digits_over_a_large_vocabulary(rows, device):
     assert (stats.logp - logp).abs().max() < 2e-6
     assert (stats.entropy - entropy).abs().max() < 2e-6
     assert (grad - d_logits).sum(1).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize(("vocab", "options"), [(32768, {}), (16384, {"softcap": 3.0}), (16384, {"bias": True})])
+def test_rows_are_read_once_while_they_fit_a_program(monkeypatch, vocab, options):
+    from hdpo_kernels.rows import triton as triton_rows
+
+    def refuse(*_):
+        raise AssertionError("a row that fits is read twice")
+
+    logits, labels = make_logits(1, vocab + 1, TRITON_DEVICE)
+    options = {name: torch.zeros(vocab, device=TRITON_DEVICE) if name == "bias" else x for name, x in options.items()}
+    monkeypatch.setattr(triton_rows, "_row_grad_kernel", SimpleNamespace(__getitem__=refuse))
+    triton_rows.row_stats(logits[:, :vocab], labels % vocab, grad_out=torch.empty(1, vocab), **options)
+    with pytest.raises(TypeError, match="not subscriptable"):
+        triton_rows.row_stats(logits, labels, grad_out=torch.empty(1, vocab + 1), softcap=3.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scale_rows_multiplies_rows_and_leaves_those_that_are_not_scored_zero(rows, device, dtype):
+    x = torch.randn(4, 1500, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    x[1], scale = torch.nan, torch.tensor([2.0, 3.0, torch.nan, 0.3], device=device)
+    labels = torch.tensor([0, -100, -100, 5], device=device)
+    expected = torch.zeros(4, 1500)
+    expected[0], expected[3] = x[0].cpu().float() * 0.5, x[3].cpu().float() * 0.3 * 0.25
+    for factor in (0.25, torch.tensor(0.25, device=device)):
+        actual = rows.scale_rows(x, scale, factor=factor, labels=labels)
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual.cpu().float(), expected, rtol=torch.finfo(dtype).eps, atol=0)
+    wide = rows.scale_rows(x[:, ::3], scale[:1].expand(4), labels=labels, dtype=torch.float32)
+    torch.testing.assert_close(wide.cpu()[0], 2 * x[0, ::3].cpu().float())
+    data = x.data_ptr()
+    assert rows.scale_rows(x, scale, dtype=dtype, inplace=True).data_ptr() == data
+    assert rows.scale_rows(x[:0], scale[:0]).shape == (0, 1500)
+
+
+def test_times_is_in_place_where_the_dtype_is_kept(rows, device):
+    acc = torch.randn(70, 50, generator=torch.Generator().manual_seed(0)).to(device)
+    before = acc.clone()
+    for factor in (1.0, -3.0):
+        low = rows.times(acc, torch.tensor(factor, device=device), torch.bfloat16)
+        torch.testing.assert_close(low, (before * factor).bfloat16(), rtol=2**-7, atol=0)
+        assert torch.equal(acc, before)
+    assert rows.times(acc, torch.tensor(1.0, device=device), torch.float32) is acc and torch.equal(acc, before)
+    assert rows.times(acc, torch.tensor(-3.0, device=device), torch.float32) is acc and torch.equal(acc, -3 * before)

@@ -1,12 +1,14 @@
 """Sums over sequences: values, gradients, and what they refuse."""
 
+import importlib
+
 import pytest
 import torch
 
 from hdpo_kernels import naive, sequence_sum
-from hdpo_kernels.sequence import sequence_of_row
 from hdpo_kernels.testing import assert_as_accurate_as
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CU_SEQLENS = [0, 3, 3, 8, 10]
 
 
@@ -52,9 +54,15 @@ def test_sequence_sum_of_nothing_is_empty_or_zero(device):
     assert torch.autograd.grad(sequence_sum(values, [0, 0]).sum(), values)[0].shape == (0,)
 
 
-def test_sequence_of_row_names_the_sequence_of_every_row():
-    assert sequence_of_row(CU_SEQLENS, torch.device("cpu")).tolist() == [0] * 3 + [2] * 5 + [3] * 2
-    assert sequence_of_row([0], torch.device("cpu")).shape == (0,)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_sequence_spread_gives_every_row_its_sequences_value(backend):
+    rows, device = importlib.import_module(f"hdpo_kernels.rows.{backend}"), DEVICE if backend == "triton" else "cpu"
+    values = torch.tensor([1.5, 2.5, torch.nan, -4.5], device=device)
+    expected = torch.tensor([1.5] * 3 + [torch.nan] * 5 + [-4.5] * 2)
+    torch.testing.assert_close(rows.sequence_spread(values, CU_SEQLENS).cpu(), expected, equal_nan=True)
+    long = [0, 3000, 3001]
+    assert rows.sequence_spread(values[:2], long).tolist() == [1.5] * 3000 + [2.5]
+    assert rows.sequence_spread(values[:0], [0]).shape == rows.sequence_spread(values[:2], [0, 0, 0]).shape == (0,)
 
 
 @pytest.mark.parametrize(

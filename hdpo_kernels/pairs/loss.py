@@ -1,0 +1,97 @@
+"""The loss from what is known of rows: the pair operation on all pairs at once, as an operator and for autograd."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hdpo_kernels.checks import boundaries
+from hdpo_kernels.device import to_device
+from hdpo_kernels.naive import HDPOLoss, TokenLogp
+from hdpo_kernels.ops import operator
+from hdpo_kernels.pair import PairOptions
+from hdpo_kernels.pairs import Pairs, ScoredStats, pair_operation
+from hdpo_kernels.parallel import Ranks
+
+CONSUMED = (
+    "the gradients of {} are formed in forward and consumed by the first backward; "
+    "call it again for another backward (retain_graph=True cannot keep them)"
+)
+
+
+def token_hdpo_loss(
+    token: TokenLogp,
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    ref_logps: Tensor | None,
+    options: PairOptions,
+    sp_name: str | None,
+) -> HDPOLoss:
+    """Differentiable in token.logp (N,); inputs already checked, labels on any device."""
+    need = torch.is_grad_enabled() and token.logp.requires_grad
+    return unpack(TokenHDPOLoss.apply(*token, labels, ref_logps, cu_seqlens, *options.arguments, sp_name, need))
+
+
+def pairs_of(rows: ScoredStats, options: PairOptions, need: bool, sp: Ranks) -> Pairs:
+    """All pairs at once."""
+    return pair_operation(rows.stats).score_pairs(None, 0, len(rows.bounds) // 2, rows, options, sp, need)
+
+
+def _fake_token_hdpo_loss(logp, entropy, labels, ref_logps, cu_seqlens, *options):
+    return fake_results(logp, cu_seqlens, logp.dtype, options[-1])
+
+
+@operator(_fake_token_hdpo_loss)
+def _token_hdpo_loss(
+    logp: Tensor,
+    entropy: Tensor,
+    labels: Tensor,
+    ref_logps: Tensor | None,
+    cu_seqlens: Tensor,
+    alpha: float,
+    beta: float,
+    loss_type: str,
+    label_smoothing: float,
+    nll_weight: float,
+    sp_name: str | None,
+    need: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss (), logps (S,), entropy (S,), rewards (S,), row_scale (N,)"""
+    bounds = boundaries(cu_seqlens, logp.shape[0])
+    labels, cu_seqlens = to_device([labels.contiguous(), cu_seqlens.contiguous()], logp.device)
+    rows = ScoredStats(torch.stack([logp, entropy]), labels, bounds, cu_seqlens, ref_logps)
+    options = PairOptions(alpha, beta, loss_type, label_smoothing, nll_weight)
+    return results(pairs_of(rows, options, need, Ranks(sp_name)))
+
+
+class TokenHDPOLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logp, *rest):
+        *results, row_scale = _token_hdpo_loss(logp, *rest)
+        ctx.save_for_backward(row_scale)
+        ctx.num_inputs = 1 + len(rest)
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_loss, *_):
+        (row_scale,) = ctx.saved_tensors
+        return None if d_loss is None else d_loss * row_scale, *(None,) * (ctx.num_inputs - 1)
+
+
+def results(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What an operator returns of them: loss (), logps, entropy, rewards (S,), row_scale (N,)."""
+    return pairs.terms.sum(), pairs.logps, pairs.entropy, pairs.rewards, pairs.row_scale
+
+
+def fake_results(like: Tensor, cu_seqlens: Tensor, dtype: torch.dtype, need: bool) -> tuple[Tensor, ...]:
+    num_sequences = cu_seqlens.shape[0] - 1
+    shapes = ((), num_sequences, num_sequences, num_sequences, like.shape[0] if need else 0)
+    return tuple(like.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+def unpack(results: tuple[Tensor, ...]) -> HDPOLoss:
+    loss, logps, entropy, rewards = results
+    chosen, rejected = rewards.view(-1, 2).unbind(1)
+    return HDPOLoss(loss, logps, entropy, chosen, rejected, chosen - rejected)

@@ -1,0 +1,59 @@
+"""The pair operation with torch alone: CPU, MPS, fp64, and sequences that several ranks share."""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from hdpo_kernels import pair
+from hdpo_kernels.device import to_device
+from hdpo_kernels.naive import IGNORE_INDEX
+from hdpo_kernels.pair import PairOptions
+from hdpo_kernels.pairs import Pairs, ScoredStats, new_pairs
+from hdpo_kernels.parallel import Ranks
+from hdpo_kernels.rows import backend
+
+
+def score_pairs(
+    out: Pairs | None, first: int, last: int, rows: ScoredStats, options: PairOptions, sp: Ranks, need: bool
+) -> Pairs:
+    """Pairs first … last - 1, their rows all scored by now; sums over sequences are summed over the ranks of sp.
+
+    out: what the calls for other pairs returned, None for the first. need: row_scale is wanted.
+    """
+    num_pairs = len(rows.bounds) // 2
+    if last - first < num_pairs or not num_pairs:
+        out = new_pairs(rows, need) if out is None else out
+        if first == last:
+            return out
+    seqs = slice(2 * first, 2 * last)
+    here = slice(rows.bounds[seqs.start], rows.bounds[seqs.stop])
+    bounds = [b - here.start for b in rows.bounds[seqs.start : seqs.stop + 1]]
+    operations = backend(rows.stats)
+    lengths = sp.sum(scored_lengths(rows, seqs)) if rows.lengths is None else rows.lengths[seqs]
+    logps, entropy = sp.sum(operations.sequence_sum(rows.stats[:, here], bounds))
+    ref_logps = None if rows.ref_logps is None else rows.ref_logps[seqs].to(logps.dtype)
+    terms, slope, rewards, weights = pair.score(logps, ref_logps, lengths, options, num_pairs)
+    entropy, row_scale = entropy / lengths.clamp(min=1), rows.stats[0, :0]
+    if need:
+        a, k = pair.sequence_coefficients(num_pairs, lengths, options, weights)
+        c = torch.addcmul(k.view(-1, 2), a.view(-1, 2), slope.unsqueeze(1)).flatten()
+        row_scale = operations.sequence_spread(c, bounds)
+    part = Pairs(terms, slope, logps, entropy, rewards, row_scale)
+    if out is None:
+        return part
+    places = (slice(first, last), slice(first, last), seqs, seqs, seqs, here if need else slice(None))
+    for whole, place, values in zip(out, places, part, strict=True):
+        whole[place] = values
+    return out
+
+
+def scored_lengths(rows: ScoredStats, seqs: slice) -> Tensor:
+    """Scored tokens of the sequences."""
+    bounds = rows.bounds[seqs.start : seqs.stop + 1]
+    if rows.all_scored:
+        lengths = [end - start for start, end in itertools.pairwise(bounds)]
+        (on_device,) = to_device([torch.tensor(lengths, dtype=torch.int64, device="cpu")], rows.stats.device)
+        return on_device.to(rows.stats.dtype)
+    scored = (rows.labels[bounds[0] : bounds[-1]] != IGNORE_INDEX).to(rows.stats.dtype)
+    return backend(scored).sequence_sum(scored, [b - bounds[0] for b in bounds])
