@@ -112,3 +112,11 @@ def test_with_reference_names_the_pair_of_a_nan(dataset, refer):
     attach_loss(broken)
     with pytest.raises(FloatingPointError, match=r"pair .* of the train set"):
         run(dataset, broken)
+
+
+def test_model_inputs_leave_labels_where_the_data_loader_did(dataset):
+    batch = PairCollator(1)([dataset[i] for i in range(2)])
+    inputs = reference.model_inputs(batch, torch.device("meta"), {})
+    pairs = inputs["pairs"]
+    assert pairs.labels is batch["labels"] and pairs.labels.device.type == "cpu"
+    assert {t.device.type for t in (pairs.rows, inputs["input_ids"])} == {"meta"}
