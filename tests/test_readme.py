@@ -55,6 +55,7 @@ def test_readme_training_commands_run_in_order(folder):
         assert name == "hdpo-train"
         commands.append(arguments)
     # One process for all of them: each would take seconds to import what it needs.
+    assert commands.pop(0) == ["--help"]  # which ends its process
     run = "import json, sys; from hdpo_train.__main__ import main; [main(each) for each in json.loads(sys.argv[1])]"
     result = python(folder, "-c", run, json.dumps(commands))
     assert result.returncode == 0, result.stderr[-2000:]
