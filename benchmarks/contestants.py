@@ -140,7 +140,7 @@ def torch_logp(problem: Problem) -> Tensor:
 
 
 CONTESTANTS = (
-    Contestant(OURS, "this package, labels on the CPU as its trainer's collator makes them", ours_logp, ours_loss),
+    Contestant(OURS, "this package, labels on the CPU as its trainer has them", ours_logp, ours_loss),
     # Its two ways to log-probs without a gradient; which one it takes where is hdpo_kernels/rows/__init__.py's.
     Contestant(FUSED, "our fused forward", ours_fused_logp, needs_cuda=True, has_backward=False),
     Contestant(CHUNKED, "our logits in chunks", ours_chunked_logp, needs_cuda=True, has_backward=False),

@@ -61,7 +61,7 @@ class Problem(NamedTuple):
     cu_seqlens: list[int]
     ref_logps: Tensor  # (S,)
     softcap: float | None
-    host_labels: Tensor  # labels on the CPU, where a collator makes them
+    host_labels: Tensor  # labels on the CPU, where a collator makes them, in pinned memory if there is a GPU
 
     @property
     def inputs(self) -> HeadInputs:
@@ -126,7 +126,8 @@ def _with_reference(
         logps = linear_hdpo_loss(hidden, weight, labels, cu_seqlens, None, softcap=softcap).logps
     noise = torch.randn(len(logps), generator=torch.Generator().manual_seed(0)).to(logps.device)
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-    return Problem(hidden, weight, labels, cu_seqlens, logps + noise, softcap, labels.cpu())
+    on_host = labels.cpu().pin_memory() if labels.is_cuda else labels
+    return Problem(hidden, weight, labels, cu_seqlens, logps + noise, softcap, on_host)
 
 
 def _sharpness(shape: Shape, device: str) -> float:
