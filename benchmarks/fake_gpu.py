@@ -207,6 +207,9 @@ def pretended(kind: str = "cuda", index: int = 0) -> Iterator[FakeGPU]:
         for function in (JITFunction, InterpretedFunction):
             replace(function, "run", lambda kernel, *args, **kwargs: gpu.launch(kernel, *args, **kwargs))
         replace(torch.version, "hip", "7.0" if kind == "hip" else None)
+        # Fake tensors would touch a real GPU first, which may have another index.
+        replace(torch.accelerator, "current_accelerator", lambda *_: None)
+        replace(namespace, "is_available", lambda: False)
         replace(namespace, "_lazy_init", lambda: None)
         replace(namespace, "current_device", lambda: gpu.current)
         for name in ("_exchange_device", "_maybe_exchange_device"):
@@ -265,15 +268,15 @@ def _backward_order(root: Any) -> list[Any]:
 
 @contextmanager
 def _device_guard(device_type: str) -> Iterator[None]:
-    """Autograd asks a device's guard for a stream. Builds for CPUs have none: lend them that of meta tensors, a no-op.
+    """Autograd asks a device's guard for a stream: lend the device that of meta tensors, which does nothing.
 
-    FakeTensorMode does the same, but only for builds with CUDA and without a device.
+    A build for CPUs has no guard of its own, for which FakeTensorMode makes up only in builds with CUDA.
     """
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     guards = (ctypes.c_void_p * _NUM_GUARDS).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
     number, meta = _GUARDS[device_type], _GUARDS["meta"]
     own = guards[number]
-    guards[number] = own or guards[meta]
+    guards[number] = guards[meta]
     try:
         yield
     finally:
