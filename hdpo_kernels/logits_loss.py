@@ -83,8 +83,8 @@ def _hdpo_loss(
     label_smoothing: float,
     nll_weight: float,
     need: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (), logps (S,), entropy (S,), rewards (S,), row_scale (N,), d_logits (N, V) still without row_scale"""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss (), logps (S,), entropy (S,), rewards (S,), margins (P,), row_scale (N,), d_logits (N, V) without it"""
     grad = torch.empty_like(logits) if need else logits.new_empty(0)
     options = PairOptions(alpha, beta, loss_type, label_smoothing, nll_weight)
     return *_from_logits(logits, labels, ref_logps, cu_seqlens, softcap, logit_scale, options, grad), grad
@@ -99,7 +99,7 @@ def _from_logits(
     logit_scale: float,
     options: PairOptions,
     grad: Tensor,  # (N, V) receives ∂logp/∂logits, may be the logits; empty: not wanted
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     all_scored = check_label_values(labels, logits.shape[1])
     bounds = boundaries(cu_seqlens, logits.shape[0])
     labels, cu_seqlens = to_device([labels.contiguous(), cu_seqlens.contiguous()], logits.device)

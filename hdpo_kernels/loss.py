@@ -130,11 +130,11 @@ def _linear_hdpo_loss(
     sp_name: str | None,
     dtype: torch.dtype,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """loss (), logps (S,), entropy (S,), rewards (S,), row_scale (N,), [d_hidden (N, H), d_weight (V, H), d_bias (V,)].
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """loss (), logps (S,), entropy (S,), rewards (S,), margins (P,), row_scale (N,), gradients.
 
-    Gradients are those that `needs` names: d_hidden still without row_scale, ∂loss/∂ℓ of each row's sequence; d_weight
-    and d_bias in full precision.
+    Gradients are those of d_hidden (N, H), d_weight (V, H), d_bias (V,) that `needs` names: d_hidden still without
+    row_scale, ∂loss/∂ℓ of each row's sequence; d_weight and d_bias in full precision.
     """
     options = PairOptions(alpha, beta, loss_type, label_smoothing, nll_weight)
     tp, sp = Ranks(tp_name), Ranks(sp_name)
@@ -146,8 +146,9 @@ def _linear_hdpo_loss(
     pairs, d_hidden, d_weight = _one_pass(head, rows, ref_logps, options, needs, sp)
     grads = [] if d_hidden is None else [rows.spread(tp.sum(d_hidden))]
     grads += [acc for acc in d_weight.total() if acc is not None]
-    loss, logps, entropy, rewards, row_scale = results(pairs)
-    return loss, logps, entropy, rewards, rows.spread(row_scale) if any(needs) else row_scale, grads
+    if any(needs):
+        pairs = pairs._replace(row_scale=rows.spread(pairs.row_scale))
+    return *results(pairs), grads
 
 
 def _one_pass(

@@ -35,13 +35,15 @@ class Pairs(NamedTuple):
     logps: Tensor  # (S,) nats
     entropy: Tensor  # (S,) mean nats per scored token
     rewards: Tensor  # (S,) β(αℓ − ρ)
+    margins: Tensor  # (P,) chosen − rejected
     row_scale: Tensor  # (N,) ∂loss/∂ℓ of each row's sequence; (0,) where no gradient is wanted
 
 
 def new_pairs(rows: ScoredStats, with_grad: bool) -> Pairs:
     """Room for all pairs, not filled."""
     num_sequences, num_rows = len(rows.bounds) - 1, rows.stats.shape[1]
-    sizes = (num_sequences // 2, num_sequences // 2, *[num_sequences] * 3, num_rows if with_grad else 0)
+    num_pairs = num_sequences // 2
+    sizes = (num_pairs, num_pairs, *[num_sequences] * 3, num_pairs, num_rows if with_grad else 0)
     return Pairs(*(empty(size, dtype=rows.stats.dtype, device=rows.stats.device) for size in sizes))
 
 

@@ -54,8 +54,8 @@ def _token_hdpo_loss(
     nll_weight: float,
     sp_name: str | None,
     need: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (), logps (S,), entropy (S,), rewards (S,), row_scale (N,)"""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss (), logps (S,), entropy (S,), rewards (S,), margins (P,), row_scale (N,)"""
     bounds = boundaries(cu_seqlens, logp.shape[0])
     labels, cu_seqlens = to_device([labels.contiguous(), cu_seqlens.contiguous()], logp.device)
     rows = ScoredStats(torch.stack([logp, entropy]), labels, bounds, cu_seqlens, ref_logps)
@@ -80,18 +80,18 @@ class TokenHDPOLoss(torch.autograd.Function):
         return None if d_loss is None else d_loss * row_scale, *(None,) * (ctx.num_inputs - 1)
 
 
-def results(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What an operator returns of them: loss (), logps, entropy, rewards (S,), row_scale (N,)."""
-    return pairs.terms.sum(), pairs.logps, pairs.entropy, pairs.rewards, pairs.row_scale
+def results(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What an operator returns of them: loss (), logps, entropy, rewards (S,), margins (P,), row_scale (N,)."""
+    return pairs.terms.sum(), *pairs[2:]
 
 
 def fake_results(like: Tensor, cu_seqlens: Tensor, dtype: torch.dtype, need: bool) -> tuple[Tensor, ...]:
     num_sequences = cu_seqlens.shape[0] - 1
-    shapes = ((), num_sequences, num_sequences, num_sequences, like.shape[0] if need else 0)
-    return tuple(like.new_empty(shape, dtype=dtype) for shape in shapes)
+    sizes = (*[num_sequences] * 3, num_sequences // 2, like.shape[0] if need else 0)
+    return like.new_empty((), dtype=dtype), *(like.new_empty(size, dtype=dtype) for size in sizes)
 
 
 def unpack(results: tuple[Tensor, ...]) -> HDPOLoss:
-    loss, logps, entropy, rewards = results
+    loss, logps, entropy, rewards, margins = results
     chosen, rejected = rewards.view(-1, 2).unbind(1)
-    return HDPOLoss(loss, logps, entropy, chosen, rejected, chosen - rejected)
+    return HDPOLoss(loss, logps, entropy, chosen, rejected, margins)

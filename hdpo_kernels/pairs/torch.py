@@ -39,10 +39,12 @@ def score_pairs(
         a, k = pair.sequence_coefficients(num_pairs, lengths, options, weights)
         c = torch.addcmul(k.view(-1, 2), a.view(-1, 2), slope.unsqueeze(1)).flatten()
         row_scale = operations.sequence_spread(c, bounds)
-    part = Pairs(terms, slope, logps, entropy, rewards, row_scale)
+    chosen, rejected = rewards.view(-1, 2).unbind(1)
+    part = Pairs(terms, slope, logps, entropy, rewards, chosen - rejected, row_scale)
     if out is None:
         return part
-    places = (slice(first, last), slice(first, last), seqs, seqs, seqs, here if need else slice(None))
+    pairs = slice(first, last)
+    places = (pairs, pairs, seqs, seqs, seqs, pairs, here if need else slice(None))
     for whole, place, values in zip(out, places, part, strict=True):
         whole[place] = values
     return out

@@ -83,8 +83,8 @@ def _objective(u, beta, smoothing, LOSS: tl.constexpr):
 )
 def _pair_kernel(
     stats_ptr, N, labels_ptr, cu_seqlens_ptr, ref_logps_ptr, terms_ptr, slope_ptr, logps_ptr, entropy_ptr, rewards_ptr,
-    row_scale_ptr, first, num_pairs, alpha, beta, smoothing, nll_weight, LOSS: tl.constexpr, HAS_REF: tl.constexpr,
-    HAS_GRAD: tl.constexpr, BLOCK_N: tl.constexpr,
+    margins_ptr, row_scale_ptr, first, num_pairs, alpha, beta, smoothing, nll_weight, LOSS: tl.constexpr,
+    HAS_REF: tl.constexpr, HAS_GRAD: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One pair: everything of it in `Pairs`, from the log-probs and entropies of its rows."""
     pair = first + tl.program_id(0)
@@ -116,6 +116,7 @@ def _pair_kernel(
     tl.store(entropy_ptr + rejected, entropy_l / n_l)
     tl.store(rewards_ptr + chosen, beta * score_w)
     tl.store(rewards_ptr + rejected, beta * score_l)
+    tl.store(margins_ptr + pair, beta * score_w - beta * score_l)
     if HAS_GRAD:
         a = alpha * share
         _fill_rows(row_scale_ptr, start, middle, a * weight_w * slope - nll_weight * share / n_w, BLOCK_N)

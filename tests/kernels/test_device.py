@@ -2,6 +2,7 @@
 
 import torch
 
+from benchmarks import calls
 from benchmarks.fake_gpu import pretended
 from hdpo_kernels.device import on_device, to_device
 
@@ -35,3 +36,11 @@ def test_to_device_stages_host_tensors_once_and_takes_pinned_ones_from_where_the
 def test_to_device_on_the_cpu_copies_nothing():
     numbers = torch.arange(3)
     assert to_device([numbers], torch.device("cpu"))[0] is numbers
+
+
+def test_hdpo_loss_launches_a_copy_rows_pairs_and_a_sum():
+    (call,) = [call for call in calls.CALLS if call.function == calls.LOGITS]
+    whole = call._replace(head=call.head._replace(vocab=32000))  # a row fits a program
+    for each, most in ((call, 5), (whole, 4)):
+        outcome = calls.run(each)
+        assert (outcome.forward.launches, outcome.backward.launches) == (most, 1)

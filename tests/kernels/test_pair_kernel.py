@@ -71,8 +71,9 @@ def test_pair_kernel_is_as_accurate_as_torch(seed, loss_type):
         ("logps", actual.logps, baseline.logps, truth.logps.detach()),
         ("entropy", actual.entropy, baseline.entropy, truth.entropy),
         ("rewards", actual.rewards, baseline.rewards, rewards),
+        ("margins", actual.margins, baseline.margins, truth.margins),
     ):
-        assert_as_accurate_as(x, y, z, scale=size if name == "loss" else None, name=name)
+        assert_as_accurate_as(x, y, z, scale=size if name in ("loss", "margins") else None, name=name)
     scored = rows.labels != -100  # the others' log-probability is zero, whatever scales its gradient
     assert_as_accurate_as(actual.row_scale[scored], baseline.row_scale[scored], row_scale[scored], name="row_scale")
     torch.testing.assert_close(actual.row_scale, baseline.row_scale, rtol=1e-4, atol=1e-6)
@@ -134,7 +135,7 @@ def test_score_pairs_of_some_pairs_at_a_time_are_those_of_all(module):
 @pytest.mark.parametrize("module", [torch_pairs, triton_pairs])
 def test_score_pairs_of_nothing(module):
     options = PairOptions(0.9, 0.3, nll_weight=0.5)
-    assert [len(x) for x in run(module, make_rows([], 0), options)] == [0] * 6
+    assert [len(x) for x in run(module, make_rows([], 0), options)] == [0] * 7
     empty = run(module, make_rows([0, 0], 0)._replace(ref_logps=None), options)
     torch.testing.assert_close(empty.terms.cpu(), torch.tensor([2.0]).log())
     assert empty.logps.tolist() == empty.entropy.tolist() == [0, 0] and len(empty.row_scale) == 0
