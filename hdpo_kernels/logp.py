@@ -120,8 +120,8 @@ def _linear_logp_backward(
     rows = ScoredRows(labels, weight.shape[0], hidden.device)
     if entries:
         return _sparse_backward(rows, rows.select(d_logp), hidden, weight, bias, Entries(*entries), needs)
-    head = LMHead(hidden, weight, bias, rows, HeadOptions(softcap, logit_scale, chunk_bytes), dtype, with_grad=True)
-    return _recomputing_backward(rows, rows.select(d_logp), hidden, weight, bias, head, needs)
+    options = HeadOptions(softcap, logit_scale, chunk_bytes)
+    return _recomputing_backward(rows, rows.select(d_logp), hidden, weight, bias, options, dtype, needs)
 
 
 def _sparse_backward(
@@ -153,19 +153,16 @@ def _recomputing_backward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    head: LMHead,
+    options: HeadOptions,
+    dtype: torch.dtype,
     needs: list[bool],
 ) -> list[Tensor]:
     # What the loss scales rows by can be of any size; relative to the largest it cannot overflow fp16.
     largest = d_logp.abs().amax().clamp(min=torch.finfo(d_logp.dtype).tiny) if d_logp.numel() else d_logp.new_ones(())
-    relative = d_logp / largest
-    d_hidden = torch.empty_like(head.hidden, memory_format=torch.contiguous_format) if needs[0] else None
-    d_weight = WeightGrad(head, *needs[1:])
-    for start, end in head.pieces():
-        grad = head.score(start, end)
-        if d_hidden is not None:
-            torch.mm(grad, head.weight, out=d_hidden[start:end])
-        d_weight.add(head, grad, start, end, relative[start:end])
+    # The buffers of the head are gone before d_weight is rounded: both together would be the peak.
+    d_hidden, d_weight = _recompute(
+        LMHead(hidden, weight, bias, rows, options, dtype, with_grad=True), d_logp / largest, needs
+    )
     results = []
     if d_hidden is not None:
         scaled = backend(d_logp).scale_rows(d_hidden, d_logp, dtype=hidden.dtype, inplace=True)
@@ -174,6 +171,18 @@ def _recomputing_backward(
         if acc is not None and tensor is not None:
             results.append(backend(acc).times(acc, largest, tensor.dtype))
     return results
+
+
+def _recompute(head: LMHead, scale: Tensor, needs: list[bool]) -> tuple[Tensor | None, WeightGrad]:
+    """d_hidden (scored, H), still without scale, and d_weight, with it."""
+    d_hidden = torch.empty_like(head.hidden, memory_format=torch.contiguous_format) if needs[0] else None
+    d_weight = WeightGrad(head, *needs[1:])
+    for start, end in head.pieces():
+        grad = head.score(start, end)
+        if d_hidden is not None:
+            torch.mm(grad, head.weight, out=d_hidden[start:end])
+        d_weight.add(head, grad, start, end, scale[start:end])
+    return d_hidden, d_weight
 
 
 class LinearLogp(torch.autograd.Function):

@@ -59,8 +59,8 @@ def most_bytes(call: Call) -> int:
         total += 2 * weight  # what the second long pair gathers
     if call.masked:
         total += hidden  # of scored rows, half of all: hidden states and their gradient
-    if call.weight_dtype != torch.bfloat16 or call.function == LOGP:
-        total += weight  # the head cast to bf16; or its gradient rounded while there are still buffers
+    if call.weight_dtype != torch.bfloat16:
+        total += weight  # the head cast to bf16
     return total + (GIB // 8 if call.kind in ("hip", "xpu") else 0)  # blocks of operands in fp32
 
 
