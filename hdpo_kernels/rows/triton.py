@@ -22,7 +22,7 @@ _IGNORE_INDEX = tl.constexpr(IGNORE_INDEX)
 # a register under a softcap. 8 warps, so that the programs of 384 rows all run at once on 132 multiprocessors.
 BLOCK_V = 2048
 NUM_WARPS = 8
-# Running sums need 90 to 120 registers a thread whatever the tile: narrow programs, so that five fit a multiprocessor.
+# Running sums need up to 128 registers a thread whatever the tile: narrow programs, so that four fit a multiprocessor.
 SAMPLE_BLOCK_V = 1024
 SAMPLE_NUM_WARPS = 4
 # A row of up to so many numbers stays in the registers of one program, 32 a thread of 1,024: read once, not twice. Half

@@ -80,7 +80,7 @@ def test_pair_kernel_is_as_accurate_as_torch(seed, loss_type):
     torch.testing.assert_close(actual.slope, baseline.slope, rtol=1e-4, atol=1e-5)
 
 
-EXTREMES = [0.0, -1e-30, 1.0, -1.0, 87.0, -104.0, 1e30, -1e30, 3e38, torch.inf, -torch.inf, torch.nan]
+EXTREMES = [0.0, -1e-30, 1.0, -1.0, 17.0, -17.0, 87.0, -104.0, 1e30, -1e30, 3e38, torch.inf, -torch.inf, torch.nan]
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
@@ -94,7 +94,8 @@ def test_pair_kernel_of_extreme_margins_is_torchs(loss_type, smoothing):
     options = PairOptions(1.0, 1.0, loss_type, smoothing)
     actual, expected = (run(module, rows, options) for module in (triton_pairs, torch_pairs))
     for name, x, y in zip(Pairs._fields, actual, expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=2e-6, atol=0, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}")
+        # a GPU's exp of −87 is a product with log₂ e, rounded at 87; denormal numbers it takes for zero
+        torch.testing.assert_close(x, y, rtol=2e-5, atol=2e-38, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}")
     assert actual.terms.isnan()[-1] and actual.rewards[-1].isnan()
 
 
