@@ -6,9 +6,17 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from hdpo_train import HDPOTrainer, reference
+from hdpo_train.report import read_metrics
 from tests.train.tiny import _IDS, _SIZE, VOCAB, make_model, make_records
 
 
@@ -56,6 +64,17 @@ def test_init_takes_noise_that_was_asked_for_or_does_not_matter(tokenizer, confi
     data = Dataset.from_list(make_records())
     trainer = HDPOTrainer(jumpy_model(), args=config(), eval_dataset=data, processing_class=tokenizer)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(0.693147, abs=1e-6)
+
+
+def test_train_takes_models_that_are_their_own_base_model(tokenizer, config):
+    """Llama 4's text model: base_model_prefix names a part that it does not have."""
+    sizes = dict(**_SIZE, **_IDS, num_key_value_heads=1, head_dim=16, intermediate_size_mlp=48, num_local_experts=2)
+    model = AutoModelForCausalLM.from_config(Llama4TextConfig(**sizes))
+    assert model.base_model is model
+    args = config(max_steps=1, learning_rate=0.0)
+    trainer_of(model, args, tokenizer).train()
+    (line,) = [line for line in read_metrics(args.output_dir) if "loss" in line]
+    assert line["loss"] == pytest.approx(0.693147, abs=1e-6) and abs(line["rewards/chosen"]) < 1e-5
 
 
 def test_init_refuses_reference_log_probs_that_are_not_the_references(tokenizer, config, monkeypatch):
