@@ -372,7 +372,7 @@ class PairCollator:
             one needs no mask: no token sees the padding, which is on its right
         rows (N,) int64: indices into the B·R flattened positions; the hidden state there predicts the label. With a
             shared prompt its last position predicts the first token of both sequences, and is in rows twice.
-        labels (N,) int64: the completion tokens
+        labels: the completion tokens, (N,) int64 in an `OnHost`: on the host the loss checks them
         cu_seqlens, S + 1 ints: sequence s has rows and labels cu_seqlens[s] to cu_seqlens[s + 1]; a list, so that no
             framework moves it to the device
         num_tokens: tokens of prompt and completion of all sequences, whatever the layout saves or adds

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hdpo_kernels import HDPOLoss
+from hdpo_kernels.device import to_device
 
 _SUMS = (
     "pairs", "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
@@ -24,17 +25,18 @@ METRICS = (*_SUMS[1:9], "entropy", "entropy/chosen", "entropy/rejected")  # of a
 def batch_sums(result: HDPOLoss, inputs: dict[str, Any], alpha: float, beta: float) -> Tensor:
     """One vector on the loss's device, one entry for each of _SUMS. inputs: a batch of `PairCollator`."""
     assert result.entropy is not None
-    device, cu_seqlens, ref_logps = result.logps.device, inputs["cu_seqlens"], inputs["ref_logps"]
-    lengths = torch.tensor([end - start for start, end in pairwise(cu_seqlens)], dtype=torch.float32, device="cpu")
-    lengths, ref_logps = lengths.to(device, non_blocking=True), ref_logps.to(device)
+    device, ref_logps = result.logps.device, inputs["ref_logps"].to(result.logps.device)
+    numbers = [*(end - start for start, end in pairwise(inputs["cu_seqlens"])), inputs["num_tokens"]]
+    (counts,) = to_device([torch.tensor(numbers, device="cpu")], device)
+    lengths, num_tokens = counts[:-1].float(), counts[-1]
     nats = result.entropy * lengths
     per_pair = (
         torch.ones_like(result.margins), result.loss.detach().expand_as(result.margins),
         result.chosen_rewards, result.rejected_rewards, (result.margins > 0).float(), result.margins,
         (alpha - 1) * beta * (ref_logps[0::2] - ref_logps[1::2]), result.logps[0::2], result.logps[1::2],
-        lengths[0::2], lengths[1::2], nats[0::2], nats[1::2], torch.tensor(inputs["num_tokens"], device="cpu"),
+        lengths[0::2], lengths[1::2], nats[0::2], nats[1::2], num_tokens,
     )  # fmt: skip
-    return torch.stack([values.float().sum().to(device) for values in per_pair])
+    return torch.stack([values.float().sum() for values in per_pair])
 
 
 def means(sums: list[Tensor], accelerator: Accelerator) -> dict[str, float]:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import flex_attention_mask
 from transformers.utils import logging
 
+from hdpo_kernels.device import to_device
 from hdpo_train.attention import Documents, attend_by_documents, attends_by_documents, can_attend_by_documents
 from hdpo_train.models import backbone_of, evaluating, max_positions
 
@@ -32,6 +33,16 @@ _WINDOW = re.compile("window|local|chunk")  # in the names of options for attent
 
 class Unpackable(ValueError):
     """The model's attention does not keep packed sequences apart."""
+
+
+class OnHost:
+    """A tensor that frameworks leave on the host, and pin there: they move what is a tensor, or has a method `to`."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def pin_memory(self) -> "OnHost":  # called by the data loader
+        return OnHost(self.tensor.pin_memory())
 
 
 class Places(NamedTuple):
@@ -91,7 +102,7 @@ def lay_out(pairs: list[tuple[Any, Any, Any]], layout: Layout, pad_token_id: int
     batch: dict[str, Any] = {
         "input_ids": input_ids.view(1 if layout.packed else len(documents), -1),
         "rows": torch.cat(rows),
-        "labels": torch.tensor([int(token) for ids in completions for token in ids], device="cpu"),
+        "labels": OnHost(torch.tensor([int(token) for ids in completions for token in ids], device="cpu")),
         "cu_seqlens": [0, *accumulate(map(len, completions))],
         "num_tokens": sum(2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in pairs),
     }
@@ -119,7 +130,8 @@ def backbone_inputs(model: PreTrainedModel, places: Places) -> dict[str, Any]:
 
 def _varlen(documents: list[tuple[int, ...]], device: torch.device) -> dict[str, Any]:
     lengths = [length for (length,) in documents]
-    boundaries = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu").to(device, non_blocking=True)
+    (boundaries,) = to_device([torch.tensor([0, *accumulate(lengths)], device="cpu")], device)
+    boundaries = boundaries.int()
     longest = max(lengths)
     varlen = {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries, "max_length_q": longest}
     return {**varlen, "max_length_k": longest}
@@ -129,10 +141,8 @@ def _flex_mask(places: Places, window: int | None) -> Any:
     """Document d has segment 3d for its prompt or its one sequence, 3d + 1 for chosen and 3d + 2 for rejected."""
     position_ids, documents = places[0][0], places[1]
     parts = [(3 * d + part, length) for d, lengths in enumerate(documents) for part, length in enumerate(lengths)]
-    numbers, lengths = (
-        torch.tensor(column, device="cpu").to(position_ids.device, non_blocking=True)
-        for column in zip(*parts, strict=True)
-    )
+    columns = [torch.tensor(column, device="cpu") for column in zip(*parts, strict=True)]
+    numbers, lengths = to_device(columns, position_ids.device)
     segments = torch.repeat_interleave(numbers, lengths, output_size=len(position_ids))
     prompts = segments - segments % 3
 

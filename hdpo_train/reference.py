@@ -159,19 +159,17 @@ def _compute(
 def model_inputs(batch: Mapping, device: torch.device, loss_kwargs: Mapping[str, Any]) -> dict:
     """Keywords of the model's forward for a batch of `PairCollator`; loss_kwargs: those of `linear_hdpo_loss`.
 
-    Labels stay where the data loader left them: on the host the loss checks them, and takes them to the device itself.
+    Labels stay on the host, where the loss checks them before it takes them to the device itself.
     """
-    moved = {key for key, value in batch.items() if isinstance(value, Tensor)} - {"labels"}
     on_device: dict[str, Any] = {
-        key: value.to(device, non_blocking=True) if key in moved else value for key, value in batch.items()
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()
     }
-    pairs = PairBatch(
-        on_device["rows"], on_device["labels"], on_device["cu_seqlens"], on_device.get("ref_logps"), loss_kwargs
-    )
+    labels = batch["labels"].tensor
+    pairs = PairBatch(on_device["rows"], labels, batch["cu_seqlens"], on_device.get("ref_logps"), loss_kwargs)
     inputs = {"input_ids": on_device["input_ids"], "pairs": pairs}
-    return (
-        {**inputs, "places": Places(*(on_device[name] for name in Places._fields))} if "documents" in batch else inputs
-    )
+    if "documents" in batch:
+        inputs["places"] = Places(*(on_device[name] for name in Places._fields))
+    return inputs
 
 
 def _checksum(logps: Tensor) -> str:

@@ -31,7 +31,7 @@ def test_pair_collator_scores_exactly_the_completion_tokens(seed, count):
     assert batch["input_ids"].shape == (2 * count, longest)
     assert set(batch) == {"input_ids", "rows", "labels", "cu_seqlens", "num_tokens", "examples"}
     assert batch["examples"].rows is examples
-    assert {batch[key].dtype for key in ("input_ids", "rows", "labels")} == {torch.int64}
+    assert {t.dtype for t in (batch["input_ids"], batch["rows"], batch["labels"].tensor)} == {torch.int64}
     cu_seqlens = batch["cu_seqlens"]
     assert type(cu_seqlens) is list and {type(x) for x in cu_seqlens} == {int} and len(cu_seqlens) == 2 * count + 1
 
@@ -47,7 +47,7 @@ def test_pair_collator_scores_exactly_the_completion_tokens(seed, count):
             labels.append(token)
         scored, num_tokens = scored + len(completion), num_tokens + len(tokens)
     assert batch["num_tokens"] == num_tokens
-    assert batch["rows"].tolist() == rows and batch["labels"].tolist() == labels and cu_seqlens[-1] == scored
+    assert batch["rows"].tolist() == rows and batch["labels"].tensor.tolist() == labels and cu_seqlens[-1] == scored
     assert batch["input_ids"].flatten()[batch["rows"] + 1].tolist() == labels
 
 
@@ -59,7 +59,7 @@ def test_pair_collator_small_example():
     batch = PairCollator(pad_token_id=0)(examples)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5], [1, 2, 3, 6, 0], [7, 8, 0, 0, 0], [7, 9, 10, 0, 0]]
     assert batch["rows"].tolist() == [2, 3, 7, 10, 15, 16]
-    assert batch["labels"].tolist() == [4, 5, 6, 8, 9, 10]
+    assert batch["labels"].tensor.tolist() == [4, 5, 6, 8, 9, 10]
     assert batch["cu_seqlens"] == [0, 2, 3, 4, 6]
 
 
@@ -81,6 +81,7 @@ def test_pair_collator_takes_tensors_too():
     assert got["cu_seqlens"] == expected.pop("cu_seqlens")
     assert got["num_tokens"] == expected.pop("num_tokens")
     expected.pop("examples")
+    assert torch.equal(got["labels"].tensor, expected.pop("labels").tensor)
     for key, value in expected.items():
         torch.testing.assert_close(got[key], value)
 
@@ -91,7 +92,7 @@ def test_pair_collator_lays_out_on_the_cpu_whatever_the_default_device(layout):
     expected = collator(examples)
     with torch.device("meta"):
         got = collator(examples)
-    assert expected.keys() == got.keys()
+    assert expected.keys() == got.keys() and torch.equal(got["labels"].tensor, expected["labels"].tensor)
     for key, value in expected.items():
         assert not isinstance(value, torch.Tensor) or torch.equal(got[key], value), key
 
@@ -106,4 +107,4 @@ def test_pair_collator_takes_the_rows_of_tokenize_pairs(tokenizer):
     dataset = tokenize_pairs(Dataset.from_list(make_records(2)), tokenizer)
     batch = PairCollator(tokenizer.eos_token_id)(list(dataset))
     expected = [token for row in dataset for side in ("chosen_ids", "rejected_ids") for token in row[side]]
-    assert batch["labels"].tolist() == expected
+    assert batch["labels"].tensor.tolist() == expected

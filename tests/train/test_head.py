@@ -34,7 +34,7 @@ def test_attach_loss_equals_naive_loss_of_the_models_logits(family, batch):
     model = make_model(family)
     mask = batch["input_ids"] != PAD  # transformers' own way with padding; the loss leaves it to causality
     rows = model(input_ids=batch["input_ids"], attention_mask=mask).logits.flatten(0, 1)[batch["rows"]]
-    expected = naive.hdpo_loss(rows, batch["labels"], batch["cu_seqlens"], batch["ref_logps"], **LOSS)
+    expected = naive.hdpo_loss(rows, batch["labels"].tensor, batch["cu_seqlens"], batch["ref_logps"], **LOSS)
     expected_grads = torch.autograd.grad(expected.loss, list(model.parameters()))
 
     attach_loss(model)
@@ -60,7 +60,7 @@ def test_attach_loss_runs_through_the_heads_own_call(model, batch):
     seen = []
     model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
     model(**model_inputs(batch, torch.device("cpu"), LOSS))
-    assert seen == [(len(batch["labels"]), 32)]
+    assert seen == [(len(batch["labels"].tensor), 32)]
     copied = copy.deepcopy(model)
     with torch.no_grad():
         copied.lm_head.weight.zero_()

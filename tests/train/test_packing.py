@@ -207,7 +207,7 @@ def test_lay_out_small_example():
     batch = lay_out(pairs, SHARED, 0)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3]]
-    assert batch["rows"].tolist() == [2, 3, 2] and batch["labels"].tolist() == [4, 5, 6]
+    assert batch["rows"].tolist() == [2, 3, 2] and batch["labels"].tensor.tolist() == [4, 5, 6]
     assert batch["cu_seqlens"] == [0, 2, 3] and batch["documents"] == [(3, 2, 1)] and batch["num_tokens"] == 9
     apart = lay_out(pairs, PACKED, 0)
     assert apart["input_ids"].tolist() == [[1, 2, 3, 4, 5, 1, 2, 3, 6]]
@@ -226,7 +226,7 @@ def test_lay_out_has_every_token_once_and_no_padding_in_a_packed_row(layout):
     tokens = sum(layout.tokens(*map(len, pair)) for pair in pairs) if layout.packed else batch["num_tokens"]
     assert (batch["input_ids"] > 0).sum() == tokens and (not layout.packed or batch["input_ids"].all())
     labels = [token for _, chosen, rejected in pairs for token in (*chosen, *rejected)]
-    assert batch["labels"].tolist() == labels and len(batch["rows"]) == len(labels)
+    assert batch["labels"].tensor.tolist() == labels and len(batch["rows"]) == len(labels)
 
 
 # ---- what cannot be packed -------------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ import logging
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from datasets import Dataset
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from hdpo_kernels import naive
 from hdpo_train import reference
@@ -114,9 +116,13 @@ def test_with_reference_names_the_pair_of_a_nan(dataset, refer):
         run(dataset, broken)
 
 
-def test_model_inputs_leave_labels_where_the_data_loader_did(dataset):
+def test_labels_stay_on_the_host_all_the_way(dataset, monkeypatch):
+    """Where they are checked; and pinned, so that the loss's copy of them waits for nothing."""
     batch = PairCollator(1)([dataset[i] for i in range(2)])
+    labels = batch["labels"].tensor
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: tensor.clone())
+    batch = send_to_device(pin_memory(batch), torch.device("meta"))
     inputs = reference.model_inputs(batch, torch.device("meta"), {})
     pairs = inputs["pairs"]
-    assert pairs.labels is batch["labels"] and pairs.labels.device.type == "cpu"
+    assert pairs.labels.device.type == "cpu" and torch.equal(pairs.labels, labels) and pairs.labels is not labels
     assert {t.device.type for t in (pairs.rows, inputs["input_ids"])} == {"meta"}
