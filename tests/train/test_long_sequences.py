@@ -34,7 +34,7 @@ def test_offloading_takes_the_same_steps(tokenizer, config, tmp_path, monkeypatc
     args.gradient_checkpointing_kwargs = args.activation_checkpointing_kwargs = {"offload": True}
     model, inputs = make_model(), []
     for layer in model.model.layers:
-        layer.register_forward_pre_hook(lambda layer, args: inputs.append(args[0].nbytes * layer.training))
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].nbytes * torch.is_grad_enabled()))
     moved = train(tokenizer, args, model)
     # the layers' inputs and nothing else: no weight, nothing of the head
     assert elsewhere.nbytes == sum(inputs) > 0
@@ -55,5 +55,5 @@ def test_offloading_that_would_do_nothing_is_refused(tmp_path):
     options = dict(output_dir=str(tmp_path), use_cpu=True, gradient_checkpointing_kwargs={"offload": True})
     with pytest.raises(ValueError, match="on a CPU they are there"):
         HDPOConfig(gradient_checkpointing=True, **options)
-    with pytest.raises(ValueError, match="set gradient_checkpointing too"):
+    with pytest.raises(ValueError, match="has no effect without activation_checkpointing"):
         HDPOConfig(**options)

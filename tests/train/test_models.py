@@ -129,7 +129,7 @@ def test_make_trainer_takes_an_adapter_with_its_own_options_only(options, messag
     ],
 )
 def test_lora_takes_names_a_word_or_a_regular_expression(words, modules):
-    config = _lora(ScriptArguments(lora_target_modules=words))
+    config = _lora(ScriptArguments(use_peft=True, lora_target_modules=words))
     assert config.target_modules == modules and (config.r, config.lora_alpha, config.lora_dropout) == (16, 32, 0.0)
 
 

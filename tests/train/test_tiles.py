@@ -21,7 +21,7 @@ def test_tile_mlps_takes_the_step_of_each_sequence_alone(name, checkpointing, mo
     alone = step_alone(model, examples)
     tile_mlps(model)
     if checkpointing:
-        model.activation_checkpointing_enable(checkpointing)
+        model.gradient_checkpointing_enable(checkpointing)
         model.enable_input_require_grads()
         model.train()
     assert_same_step(step(model, examples, SHARED), alone)
@@ -55,9 +55,7 @@ def test_train_with_tiled_mlp_and_an_adapter_takes_the_same_steps(tokenizer, con
     losses = []
     for tiled in (False, True):
         lora = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
-        args = config(
-            tiled_mlp=tiled, activation_checkpointing=True, max_steps=2, output_dir=str(tmp_path / str(tiled))
-        )
+        args = config(tiled_mlp=tiled, gradient_checkpointing=True, max_steps=2, output_dir=str(tmp_path / str(tiled)))
         trainer = make_trainer(args, tokenizer, peft_config=lora)
         trainer.train()
         losses.append([line["loss"] for line in read_metrics(args.output_dir) if "loss" in line])
