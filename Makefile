@@ -23,7 +23,7 @@ demo: setup
 	$(BIN)/hdpo-train
 
 test: setup
-	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' -n 2 --dist loadfile $(ARGS)
 
 test-minimum: $(MINIMUM)/.ready
 	$(MINIMUM)/bin/python -m pytest -m 'not gpu' $(ARGS)
