@@ -25,7 +25,7 @@ from hdpo_kernels import linear_logp
 from hdpo_train.checkers import Problem
 from hdpo_train.forms import BadRecord, chat_prompt
 from hdpo_train.head import HeadTransform, UnsupportedHead, bare, find_transform, head_of
-from hdpo_train.models import backbone_of, evaluating
+from hdpo_train.models import backbone_of, evaluating, hash_weights
 from hdpo_train.samples import Request, Sample, SamplesFile, before_stop, digest
 
 logger = logging.get_logger(__name__)
@@ -254,9 +254,7 @@ def entropies(
 def weights_fingerprint(model: PreTrainedModel) -> str:
     """Short SHA-256 over the weights and the tokens that end a text."""
     sha = hashlib.sha256(str(model.generation_config and model.generation_config.eos_token_id).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
+    hash_weights(sha, model)
     return sha.hexdigest()[:16]
 
 

@@ -21,14 +21,13 @@ from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from hdpo_train.data import PairCollator
 from hdpo_train.head import PairBatch, bare
-from hdpo_train.models import adapter_configs, evaluating
+from hdpo_train.models import adapter_configs, evaluating, hash_weights
 from hdpo_train.own_reference import COLUMNS
 from hdpo_train.packing import Places
 from hdpo_train.ranks import as_in_training, gathered, shards
@@ -110,12 +109,7 @@ def cache_key(dataset: Dataset, model: nn.Module, precision: str, without_adapte
         digest.update(f"{adapter} {json.dumps(options, sort_keys=True, default=str)}".encode())
     # An adapter that is off must not change the key: its initial values are random.
     prefix = str(model.base_model.prefix) if without_adapter else None  # type: ignore[union-attr]
-    for name, tensor in sorted(model.state_dict().items()):
-        if prefix is not None and prefix in name:
-            continue
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
+    hash_weights(digest, model, without=prefix)
     for batch in dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).iter(batch_size=1000):
         digest.update(repr(batch).encode())
     return digest.hexdigest()

@@ -12,13 +12,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 from hdpo_train.files import write_whole
+from hdpo_train.models import hash_weights
 
 RUN_FILE = "run.json"
 # options of TrainingArguments that change results; all of HDPOConfig's own do, but for those below
@@ -60,12 +59,7 @@ def fingerprint(model: nn.Module) -> str:
     """Of the weights that training starts from, without adapters, whose first values are random."""
     adapter = getattr(getattr(model, "base_model", None), "prefix", None) if hasattr(model, "peft_config") else None
     sha = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if adapter is not None and adapter in name:
-            continue
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
+    hash_weights(sha, model, without=adapter)
     return sha.hexdigest()[:12]
 
 
