@@ -59,7 +59,7 @@ def hdpo_loss(
     if logits.stride(1) != 1:
         logits, inplace = logits.contiguous(), True  # row operations walk along rows; the copy is ours to overwrite
     inplace = inplace and not torch.compiler.is_compiling()  # a compiled graph's memory is the compiler's
-    options = (softcap, logit_scale, *pair_options.arguments, *needs_grad(logits))
+    options = (softcap, logit_scale, pair_options.numbers, *needs_grad(logits))
     return unpack(LogitsHDPOLoss.apply(logits, labels, ref_logps, cu_seqlens, inplace, *options))
 
 
@@ -77,16 +77,12 @@ def _hdpo_loss(
     cu_seqlens: Tensor,
     softcap: float | None,
     logit_scale: float,
-    alpha: float,
-    beta: float,
-    loss_type: str,
-    label_smoothing: float,
-    nll_weight: float,
+    loss_numbers: list[float],
     need: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss (), logps (S,), entropy (S,), rewards (S,), margins (P,), row_scale (N,), d_logits (N, V) without it"""
     grad = torch.empty_like(logits) if need else logits.new_empty(0)
-    options = PairOptions(alpha, beta, loss_type, label_smoothing, nll_weight)
+    options = PairOptions.from_numbers(loss_numbers)
     return *_from_logits(logits, labels, ref_logps, cu_seqlens, softcap, logit_scale, options, grad), grad
 
 
@@ -118,10 +114,11 @@ class LogitsHDPOLoss(torch.autograd.Function):
     def forward(ctx, logits, labels, ref_logps, cu_seqlens, inplace, *options):
         inputs = (logits, labels, ref_logps, cu_seqlens)
         if inplace:
-            softcap, logit_scale, *pair_options, need = options
+            softcap, logit_scale, loss_numbers, need = options
+            pair_options = PairOptions.from_numbers(loss_numbers)
             grad = logits if need else logits.new_empty(0)
             with on_device(logits.device):
-                *results, row_scale = _from_logits(*inputs, softcap, logit_scale, PairOptions(*pair_options), grad)
+                *results, row_scale = _from_logits(*inputs, softcap, logit_scale, pair_options, grad)
             torch.autograd.graph.increment_version(logits)  # kernels do not; autograd must know that they are gone
         else:
             *results, row_scale, grad = _hdpo_loss(*inputs, *options)

@@ -98,7 +98,7 @@ def linear_hdpo_loss(
         )  # fmt: skip
         return token_hdpo_loss(token, labels, cu_seqlens, ref_logps, pair_options, sp_name)
     inputs = (hidden, weight, bias, labels, ref_logps, cu_seqlens)
-    options = (*head_options.arguments, *pair_options.arguments, tp_name, sp_name)
+    options = (*head_options.arguments, pair_options.numbers, tp_name, sp_name)
     return unpack(LinearHDPOLoss.apply(*inputs, *options, compute_dtype(hidden), needs_grad(hidden, weight, bias)))
 
 
@@ -121,11 +121,7 @@ def _linear_hdpo_loss(
     softcap: float | None,
     logit_scale: float,
     chunk_bytes: int | None,
-    alpha: float,
-    beta: float,
-    loss_type: str,
-    label_smoothing: float,
-    nll_weight: float,
+    loss_numbers: list[float],
     tp_name: str | None,
     sp_name: str | None,
     dtype: torch.dtype,
@@ -136,7 +132,7 @@ def _linear_hdpo_loss(
     Gradients are those of d_hidden (N, H), d_weight (V, H), d_bias (V,) that `needs` names: d_hidden still without
     row_scale, ∂loss/∂ℓ of each row's sequence; d_weight and d_bias in full precision.
     """
-    options = PairOptions(alpha, beta, loss_type, label_smoothing, nll_weight)
+    options = PairOptions.from_numbers(loss_numbers)
     tp, sp = Ranks(tp_name), Ranks(sp_name)
     shard = VocabShard(tp, weight.shape[0], hidden.device)
     boundaries(cu_seqlens, hidden.shape[0])

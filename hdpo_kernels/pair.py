@@ -49,9 +49,14 @@ class PairOptions:
             raise ValueError(f"nll_weight must be zero or positive, got {self.nll_weight}")
 
     @property
-    def arguments(self) -> tuple[float, float, str, float, float]:
-        """Its fields, as operators take them."""
-        return self.alpha, self.beta, self.loss_type, self.label_smoothing, self.nll_weight
+    def numbers(self) -> list[float]:
+        """As operators take them, which know neither dataclasses nor names of a few values; see `from_numbers`."""
+        return [self.alpha, self.beta, LOSS_TYPES.index(self.loss_type), self.label_smoothing, self.nll_weight]
+
+    @classmethod
+    def from_numbers(cls, numbers: list[float]) -> "PairOptions":
+        alpha, beta, loss_type, *rest = numbers
+        return cls(alpha, beta, LOSS_TYPES[int(loss_type)], *rest)
 
     @property
     def needs_lengths(self) -> bool:

@@ -1,6 +1,6 @@
 """What a run can be told: HDPOConfig for the trainer, ScriptArguments for what only the command line needs."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -223,16 +223,12 @@ class HDPOConfig(TrainingArguments):
 
     @property
     def pair_options(self) -> PairOptions:
-        return PairOptions(self.alpha, self.beta, self.loss_type, self.label_smoothing, self.nll_weight)
+        return PairOptions(**{each.name: getattr(self, each.name) for each in fields(PairOptions)})
 
     def loss_kwargs(self) -> dict[str, Any]:
         """Keywords of `hdpo_kernels.linear_hdpo_loss`."""
         return {
-            "alpha": self.alpha,
-            "beta": self.beta,
-            "loss_type": self.loss_type,
-            "label_smoothing": self.label_smoothing,
-            "nll_weight": self.nll_weight,
+            **asdict(self.pair_options),
             "gradient": self.gradient,
             "epsilon": self.epsilon,
             "chunk_bytes": self.chunk_bytes,

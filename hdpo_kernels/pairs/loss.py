@@ -28,7 +28,7 @@ def token_hdpo_loss(
 ) -> HDPOLoss:
     """Differentiable in token.logp (N,); inputs already checked, labels on any device."""
     need = torch.is_grad_enabled() and token.logp.requires_grad
-    return unpack(TokenHDPOLoss.apply(*token, labels, ref_logps, cu_seqlens, *options.arguments, sp_name, need))
+    return unpack(TokenHDPOLoss.apply(*token, labels, ref_logps, cu_seqlens, options.numbers, sp_name, need))
 
 
 def pairs_of(rows: ScoredStats, options: PairOptions, need: bool, sp: Ranks) -> Pairs:
@@ -47,11 +47,7 @@ def _token_hdpo_loss(
     labels: Tensor,
     ref_logps: Tensor | None,
     cu_seqlens: Tensor,
-    alpha: float,
-    beta: float,
-    loss_type: str,
-    label_smoothing: float,
-    nll_weight: float,
+    loss_numbers: list[float],
     sp_name: str | None,
     need: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -59,7 +55,7 @@ def _token_hdpo_loss(
     bounds = boundaries(cu_seqlens, logp.shape[0])
     labels, cu_seqlens = to_device([labels.contiguous(), cu_seqlens.contiguous()], logp.device)
     rows = ScoredStats(torch.stack([logp, entropy]), labels, bounds, cu_seqlens, ref_logps)
-    options = PairOptions(alpha, beta, loss_type, label_smoothing, nll_weight)
+    options = PairOptions.from_numbers(loss_numbers)
     return results(pairs_of(rows, options, need, Ranks(sp_name)))
 
 

@@ -8,13 +8,14 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from hdpo_kernels import hdpo_loss, linear_hdpo_loss, linear_logp, pair_loss, sequence_sum
+from hdpo_kernels.pair import PairOptions
 from hdpo_kernels.testing import Operations, zipf_inputs
 
 N, V, H = 60, 101, 16
 INPUTS = zipf_inputs([20, 10, 14, 16], V, H, masked=0.2)
 CU_SEQLENS = torch.tensor(INPUTS.cu_seqlens)
 GEMM = 2 * N * V * H
-PAIR_OPTIONS = (0.9, 0.1, "sigmoid", 0.1, 0.05)
+LOSS_NUMBERS = PairOptions(0.9, 0.1, "sigmoid", 0.1, 0.05).numbers
 
 
 def leaves(dtype=torch.float32):
@@ -118,9 +119,9 @@ def test_operators_pass_opcheck(needs, bias):
     draws = torch.arange(N) * (2**32 // N)
     entries = ops.linear_logp(hidden, weight, b, INPUTS.labels, draws, 2**-5, *head, torch.float32)[2]
     calls = [
-        (ops.linear_hdpo_loss, (hidden, weight, b, INPUTS.labels, INPUTS.ref_logps, CU_SEQLENS, *head, *PAIR_OPTIONS,
+        (ops.linear_hdpo_loss, (hidden, weight, b, INPUTS.labels, INPUTS.ref_logps, CU_SEQLENS, *head, LOSS_NUMBERS,
                                 None, None, torch.float32, needs)),
-        (ops.hdpo_loss, (hidden @ weight.T, INPUTS.labels, None, CU_SEQLENS, *head[:2], *PAIR_OPTIONS, needs[0])),
+        (ops.hdpo_loss, (hidden @ weight.T, INPUTS.labels, None, CU_SEQLENS, *head[:2], LOSS_NUMBERS, needs[0])),
         (ops.linear_logp, (hidden, weight, b, INPUTS.labels, None, 0.5, *head, torch.bfloat16)),
         (ops.linear_logp, (hidden, weight, b, INPUTS.labels, draws, 2**-5, *head, torch.bfloat16)),
         (ops.linear_logp_backward, (torch.ones(N), hidden, weight, b, INPUTS.labels, [], *head, torch.float32, needs)),
