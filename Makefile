@@ -16,7 +16,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt $(shell grep -h '^torch==' constraints.txt)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train,peft,eval,bench,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train,peft,eval,real,bench,dev]'
 	touch $@
 
 demo: setup

@@ -18,7 +18,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from hdpo_train.command_line import UsageError, check_output_dir, did_you_mean, end, run_command
 from hdpo_train.config import HDPOConfig, ScriptArguments
 from hdpo_train.data import load_records
-from hdpo_train.models import adapter_configs, add_adapter, import_peft, load_model, load_tokenizer, reading
+from hdpo_train.models import (
+    adapter_configs,
+    add_adapter,
+    import_peft,
+    load_model,
+    load_tokenizer,
+    reading,
+    where_from,
+)
 from hdpo_train.options import TrainingParser, is_file_of_options, parse_options
 from hdpo_train.report import METRICS_FILE, REPORT_FILE
 from hdpo_train.resuming import taken_output_dir
@@ -179,8 +187,9 @@ def plan(script: ScriptArguments, args: HDPOConfig) -> None:
 
     if script.model_name_or_path is None:
         raise ValueError("a plan needs --model_name_or_path; of the model only its config is read")
+    folder, gguf = where_from(script.model_name_or_path)
     with reading("config", script.model_name_or_path):
-        config = AutoConfig.from_pretrained(script.model_name_or_path, trust_remote_code=script.trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, **gguf, trust_remote_code=script.trust_remote_code)
     dtype = getattr(torch, script.dtype) if script.dtype != "auto" else getattr(config, "dtype", None)
     options: dict[str, Any] = {"dtype": dtype or torch.float32}
     if script.attn_implementation:

@@ -10,6 +10,7 @@ from hdpo_kernels.checks import GRADIENTS, check_gradient
 from hdpo_kernels.pair import LOSS_TYPES, PairOptions
 from hdpo_train.alpha import SCHEDULES, Target
 from hdpo_train.inherited import check_options, check_ranges
+from hdpo_train.models import in_gguf
 from hdpo_train.ranks import check_dataloading
 
 
@@ -240,7 +241,18 @@ class ScriptArguments:
     """The model and the data of a run started from the command line."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Policy and reference: a local folder or a hub id. Without it: the quickstart."}
+        default=None,
+        metadata={
+            "help": "Policy and reference: a local folder or a hub id, or a GGUF file in one. Without it: the "
+            "quickstart."
+        },
+    )
+    gguf_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "GGUF file in that folder or repository: its weights are dequantized, and the model that is saved "
+            "is an ordinary one."
+        },
     )
     dataset_name: str | None = field(
         default=None,
@@ -282,3 +294,7 @@ class ScriptArguments:
             value = getattr(self, each.name)
             if each.name.startswith("lora_") and value != each.default and not self.use_peft:
                 raise ValueError(f"{each.name}={value!r} has no effect without use_peft: set that, or leave it out")
+        if self.gguf_file is not None:
+            if self.model_name_or_path is None:
+                raise ValueError(f"gguf_file={self.gguf_file!r} is a file of the model: give model_name_or_path too")
+            self.model_name_or_path, self.gguf_file = in_gguf(self.model_name_or_path, self.gguf_file), None

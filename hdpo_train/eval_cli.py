@@ -22,7 +22,7 @@ from hdpo_train.files import write_whole
 from hdpo_train.forms import written_rows
 from hdpo_train.generate import Sampler, files_fingerprint
 from hdpo_train.lock import locked
-from hdpo_train.models import load_model, load_tokenizer
+from hdpo_train.models import in_gguf, load_model, load_tokenizer
 from hdpo_train.records import load_records
 from hdpo_train.samples import Sample, read_samples
 from hdpo_train.scores import Evaluation, as_json
@@ -71,7 +71,8 @@ def run(options: argparse.Namespace) -> list[Evaluation]:
 
     What can be refused without a model is refused before the first is loaded. A KeyboardInterrupt says what is drawn.
     """
-    models, files = options.model_name_or_path, [Path(name) for name in options.samples]
+    models = [in_gguf(name, options.gguf_file) for name in options.model_name_or_path]
+    files = [Path(name) for name in options.samples]
     if not models and not files:
         raise ValueError("there is nothing to evaluate: give --model_name_or_path or --samples")
     names = _names([*models, *options.samples], options.names)
@@ -194,7 +195,14 @@ def _parser() -> Parser:
             text += f" (default: {shown})"
         parser.add_argument(f"--{name}", help=text, **kwargs)
 
-    add("model_name_or_path", "Models to evaluate: local folders or hub ids.", nargs="+", default=[], metavar="MODEL")
+    add(
+        "model_name_or_path",
+        "Models to evaluate: local folders or hub ids, or GGUF files there.",
+        nargs="+",
+        default=[],
+        metavar="MODEL",
+    )
+    add("gguf_file", "GGUF file in the folder or repository of each model.", metavar="FILE")
     add(
         "samples",
         "Files of ready-made samples to evaluate, JSONL. Their entropy is known only if this command drew them.",

@@ -23,9 +23,10 @@ from transformers.utils import cached_file, logging
 
 from hdpo_kernels import linear_logp
 from hdpo_train.checkers import Problem
+from hdpo_train.files import contents_digest
 from hdpo_train.forms import BadRecord, chat_prompt
 from hdpo_train.head import HeadTransform, UnsupportedHead, bare, find_transform, head_of
-from hdpo_train.models import backbone_of, evaluating, hash_weights
+from hdpo_train.models import backbone_of, evaluating, hash_weights, where_from
 from hdpo_train.samples import Request, Sample, SamplesFile, before_stop, digest
 
 logger = logging.get_logger(__name__)
@@ -259,11 +260,14 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
 
 
 def files_fingerprint(model_name_or_path: str) -> str:
-    """The same for a model that need not be loaded: SHA-256 over a folder's weights, or a hub id's commit."""
-    folder = Path(model_name_or_path)
+    """The same for a model that need not be loaded: SHA-256 over its files here, or a hub id's commit."""
+    name, gguf = where_from(model_name_or_path)
+    folder = Path(name)
+    if gguf and folder.is_dir():
+        return contents_digest(Path(gguf["gguf_file"]))
     if not folder.is_dir():
-        config = cached_file(model_name_or_path, "config.json")
-        return f"{model_name_or_path} {Path(str(config)).parent.name}"
+        cached = str(cached_file(name, gguf.get("gguf_file", "config.json")))
+        return f"{model_name_or_path} {cached.partition('/snapshots/')[2].partition('/')[0]}"
     patterns = ("config.json", "generation_config.json", "adapter_config.json", "*.safetensors", "pytorch_model*.bin")
     sha = hashlib.sha256()
     for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):

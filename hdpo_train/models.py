@@ -11,28 +11,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file, is_peft_available
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file, is_gguf_available, is_peft_available
 
 _NOISE = re.compile("drop|jitter")  # in the names of options that make a model random in training mode
 _OF_THE_REPOSITORY = ("revision", "subfolder")  # options of from_pretrained that mean an adapter's repository, and
 _OF_THE_HUB = ("token", "cache_dir", "local_files_only")  # those that mean its base model's too
 _SHOWN = 5
+_GGUF = ".gguf"
 
 
 def load_model(name: str, init_kwargs: dict[str, Any] | None = None) -> Any:
     """A causal language model; where `name` holds an adapter, its base model with that adapter, ready to be trained.
 
-    name: local folder or hub id.
+    name: local folder or hub id, or the path of a GGUF file in one: its weights are dequantized, and what is saved of
+        the model is an ordinary one.
     init_kwargs: keywords of from_pretrained. Weights are fp32 unless they say otherwise: at learning rates of
         preference training, bf16 weights round most updates away.
 
-    Raises ValueError if the files lack a weight, or hold an adapter of a kind that cannot be trained here.
+    Raises ValueError if the files lack a weight, or hold an adapter of a kind that cannot be trained here, and for a
+    GGUF file without the package gguf; FileNotFoundError if there is no such GGUF file.
     """
     options = {"dtype": torch.float32, **(init_kwargs or {})}
+    name = in_gguf(name, options.pop("gguf_file", None))
     hub = {key: options[key] for key in (*_OF_THE_REPOSITORY, *_OF_THE_HUB) if key in options}
+    if is_gguf(name):
+        return _load_whole(name, options)
     with reading("model", name):
         is_adapter = find_adapter_config_file(name, **hub) is not None
     if not is_adapter:
@@ -52,9 +59,14 @@ def load_model(name: str, init_kwargs: dict[str, Any] | None = None) -> Any:
 
 
 def _load_whole(name: str, options: dict[str, Any]) -> PreTrainedModel:
+    folder, gguf = where_from(name)
+    if gguf and hasattr(transformers, "GgufConfig"):  # versions that would keep some models' weights quantized
+        options = {"quantization_config": transformers.GgufConfig(dequantize=True), **options}
     with reading("model", name):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, **{**options, "output_loading_info": True})
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **{**options, **gguf, "output_loading_info": True})
     model, info = loaded
+    if gguf:
+        _make_ordinary(model, name)
     missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if missing:
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
@@ -65,9 +77,62 @@ def _load_whole(name: str, options: dict[str, Any]) -> PreTrainedModel:
     return model
 
 
+def _make_ordinary(model: PreTrainedModel, name: str) -> None:
+    """A model of a GGUF file, whose weights are plain numbers by now, is one that can be trained and saved."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    model.config._name_or_path = model.name_or_path = name
+    model.config.architectures = [type(model).__name__]  # as in a saved config: the same model, the same reference
+
+
 def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model: see `load_model`."""
+    folder, gguf = where_from(name)
     with reading("tokenizer", name, "save one there (tokenizer.save_pretrained), or pass it as processing_class"):
-        return AutoTokenizer.from_pretrained(name, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **gguf, **kwargs)
+        if gguf:  # transformers 5.17 takes the first token of a text for the last, and leaves out padding
+            config = AutoConfig.from_pretrained(folder, **gguf)
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                tokenizer.init_kwargs.pop(name, None)
+                if getattr(config, name, None) is not None:
+                    setattr(tokenizer, name, getattr(config, name))
+        return tokenizer
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a model's name is that of a GGUF file."""
+    return Path(name).suffix == _GGUF and not Path(name).is_dir()
+
+
+def in_gguf(name: str, gguf_file: str | None) -> str:
+    """The name of the model in a GGUF file of the folder or repository `name`. Raises ValueError for another file."""
+    if gguf_file is None:
+        return name
+    if not gguf_file.endswith(_GGUF):
+        raise ValueError(f"gguf_file must name a {_GGUF} file, got {gguf_file!r}")
+    if is_gguf(name):
+        raise ValueError(f"{name} names a GGUF file already: leave out gguf_file {gguf_file!r}")
+    return f"{str(name).rstrip('/')}/{gguf_file}"
+
+
+def where_from(name: str) -> tuple[str, dict[str, Any]]:
+    """A model's name as from_pretrained takes it: folder or hub id, and the keyword for a GGUF file in it.
+
+    "folder/model.gguf" is a file here, or "owner/repository/model.gguf" one of the hub.
+    Raises FileNotFoundError if it can be neither, ValueError without the package gguf.
+    """
+    if not is_gguf(name):
+        return name, {}
+    if not is_gguf_available():
+        raise ValueError(f"{name} is a GGUF file, which needs the package gguf: pip install gguf")
+    path, parts = Path(name), str(name).split("/")
+    if path.is_file():  # from_pretrained would look for a relative path in the working directory first
+        return str(path.parent), {"gguf_file": str(path.absolute())}
+    if len(parts) < 3 or not all(parts[:2]) or path.parent.exists() or parts[0] in (".", "..", "~"):
+        there = ", ".join(sorted(each.name for each in path.parent.glob(f"*{_GGUF}"))) or "none"
+        raise FileNotFoundError(f"there is no file {name}; GGUF files in {path.parent}: {there}")
+    return "/".join(parts[:2]), {"gguf_file": "/".join(parts[2:])}
 
 
 @contextmanager

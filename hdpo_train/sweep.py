@@ -37,7 +37,7 @@ from hdpo_train.eval_cli import DEFAULT_K, load_problems
 from hdpo_train.evaluate import EvalOptions, check_records, evaluate
 from hdpo_train.files import contents_digest, write_whole
 from hdpo_train.lock import LOCK_FILE, locked
-from hdpo_train.models import load_model, load_tokenizer
+from hdpo_train.models import in_gguf, load_model, load_tokenizer
 from hdpo_train.options import TrainingParser, parse_options, with_file
 from hdpo_train.scores import Evaluation
 from hdpo_train.sweep_report import Sweep
@@ -377,7 +377,11 @@ def main(argv: list[str]) -> None:
     folder = check_output_dir(options.output_dir)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    own = (options.model_name_or_path, options.dataset_name, options.prompts, options.checker)
+    model = options.model_name_or_path
+    if model is None and options.gguf_file is not None:
+        raise ValueError(f"--gguf_file {options.gguf_file} is a file of the model: give --model_name_or_path too")
+    model = model and in_gguf(model, options.gguf_file)
+    own = (model, options.dataset_name, options.prompts, options.checker)
     source: Source
     if any(own):
         if not all(own) or options.sft_per_seed:
@@ -391,7 +395,7 @@ def main(argv: list[str]) -> None:
         )  # fmt: skip
         problems = load_problems(options.prompts, prompt_column=options.prompt_column)
         check_records(checker, problems, options.checker)
-        _check_pairs(options.model_name_or_path, options.dataset_name, training)
+        _check_pairs(model, options.dataset_name, training)
         source, max_new_tokens, batch_size = OwnModel(*own, checker, problems), 256, 64
     else:
         settings = quickstart.Settings()
@@ -459,7 +463,10 @@ def _parser() -> Parser:
     add("--sft_per_seed", action="store_true", help="Of the built-in task: make an SFT model and pairs for every seed")
     group = parser.add_argument_group("a model of your own")
     add = group.add_argument
-    add("--model_name_or_path", metavar="MODEL", help="Model to train: a local folder or a hub id")
+    add(
+        "--model_name_or_path", metavar="MODEL", help="Model to train: a local folder or a hub id, or a GGUF file there"
+    )
+    add("--gguf_file", metavar="FILE", help="GGUF file in that folder or repository")
     add("--dataset_name", metavar="PAIRS", help="Preference pairs: a JSONL or Parquet file, or a hub id")
     add(
         "--prompts",
