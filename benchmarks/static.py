@@ -89,9 +89,10 @@ def launches(target: GPUTarget) -> Iterator[Launch]:
         yield Launch(fused._merge_stats_kernel, f"{splits} splits", fused.merge_tile(splits))
     for kernel in (rows._sequence_sum_kernel, rows._sequence_spread_kernel):
         yield Launch(kernel, "fp32", {"BLOCK_N": rows.BLOCK_N})
-    for loss, name in enumerate(LOSS_TYPES):
-        keywords = {"LOSS": loss, "HAS_REF": True, "HAS_GRAD": True, "BLOCK_N": pairs.BLOCK_N}
-        yield Launch(pairs._pair_kernel, name, keywords)
+    for name, by_token in (*((name, False) for name in LOSS_TYPES), ("sigmoid", True)):
+        flags = {"BY_TOKEN": by_token, "HAS_REF": True, "HAS_GRAD": True}
+        keywords = {"LOSS": LOSS_TYPES.index(name), **flags, "BLOCK_N": pairs.BLOCK_N}
+        yield Launch(pairs._pair_kernel, f"{name}, by token" if by_token else name, keywords)
     for kernel in (sampled._count_kernel, sampled._place_kernel):
         yield Launch(kernel, "int32", {"BLOCK_B": sampled.BLOCK_B, "num_warps": sampled.NUM_WARPS})
 

@@ -23,6 +23,7 @@ from hdpo_kernels.gemm import addmm_into, mm_into
 from hdpo_kernels.naive import IGNORE_INDEX, TokenLogp
 from hdpo_kernels.parallel import VocabShard
 from hdpo_kernels.rows import backend, fused_forward
+from hdpo_kernels.rows.torch import BLOCK_BYTES
 from hdpo_kernels.sampled.entries import Sampling
 
 
@@ -252,5 +253,6 @@ def _pitch(vocab: int, device: torch.device) -> int:
 
 def _default_chunk_bytes(device: torch.device, vocab: int) -> int:
     # CPU: 512 rows fill a GEMM, and a pass over d_weight is then some 5% of the piece's GEMMs. Accelerators want
-    # thousands of rows for the same reason (d_weight's traffic), and have the memory.
-    return 512 * 4 * vocab if device.type == "cpu" else accelerator_bytes(vocab)
+    # thousands of rows for the same reason (d_weight's traffic), and have the memory. Where the vocabulary is small, a
+    # call is bound by the host, and pieces are as large as the cache that rows are walked in.
+    return max(512 * 4 * vocab, BLOCK_BYTES) if device.type == "cpu" else accelerator_bytes(vocab)

@@ -33,6 +33,7 @@ def hdpo_loss(
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
     nll_weight: float = 0.0,
+    alpha_level: str = "sequence",
     softcap: float | None = None,
     logit_scale: float = 1.0,
     inplace: bool = False,
@@ -45,7 +46,7 @@ def hdpo_loss(
     Raises ValueError / TypeError for shapes, dtypes, devices, boundaries, labels or options that do not fit.
     """
     HeadOptions(softcap, logit_scale)  # checks them
-    pair_options = PairOptions(alpha, beta, loss_type, label_smoothing, nll_weight)
+    pair_options = PairOptions(alpha, beta, loss_type, label_smoothing, nll_weight, alpha_level)
     if logits.dim() != 2 or not logits.is_floating_point():
         raise ValueError(f"logits must be floating of shape (N, V), got {logits.dtype} {tuple(logits.shape)}")
     base = logits if logits._base is None else logits._base

@@ -8,6 +8,7 @@ N scored rows, V vocabulary, H hidden size, S = 2P sequences interleaved chosen,
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,6 +46,7 @@ def linear_hdpo_loss(
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
     nll_weight: float = 0.0,
+    alpha_level: str = "sequence",
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -64,7 +66,9 @@ def linear_hdpo_loss(
     skip the head; elsewhere a label outside the vocabulary makes the loss NaN); cu_seqlens (S + 1,) int, boundaries of
     the sequences, chosen and rejected in turn, a list or a CPU tensor (a tensor on another device costs one sync);
     ref_logps (S,) log-probabilities of the reference policy, nats, or None (zeros).
-    alpha < 1 sharpens, 1 is DPO, > 1 diversifies. beta, loss_type, label_smoothing, nll_weight: see `pair_loss`.
+    alpha < 1 sharpens, 1 is DPO, > 1 diversifies. alpha_level="token": it acts on log-probabilities per token, z_p has
+    α_s = 1 + (α − 1) n̄_p / n_s in α's place (n_s scored tokens of the sequence, n̄_p the mean of the pair's two).
+    beta, loss_type, label_smoothing, nll_weight: see `pair_loss`.
     gradient: "exact", 3 GEMMs; or "sampled", 1 GEMM: rows of ∂loss/∂logits are rounded, without bias, to at most
     1/epsilon + 2 entries, see `linear_logp`. epsilon in (0, 0.5]: smaller is less noise, more entries.
     bias (V,). chunk_bytes: most bytes of logits and their gradient held at a time (on a CPU kept for the thread's next
@@ -83,7 +87,7 @@ def linear_hdpo_loss(
     Raises ValueError / TypeError for shapes, dtypes, devices, boundaries, labels or options that do not fit.
     """
     head_options = HeadOptions(softcap, logit_scale, chunk_bytes)
-    pair_options = PairOptions(alpha, beta, loss_type, label_smoothing, nll_weight)
+    pair_options = PairOptions(alpha, beta, loss_type, label_smoothing, nll_weight, alpha_level)
     check_head(hidden, weight, labels, bias)
     check_gradient(gradient, epsilon, weight.shape[0])
     cu_seqlens = as_boundaries(cu_seqlens, pairs=True)
@@ -170,11 +174,18 @@ def _one_pass(
     in_parts = d_weight.wanted and any(len(chunk.pieces) > 1 for chunk in chunks)
     if in_parts or sp.group is not None:
         rows = rows._replace(lengths=sp.sum(scored_lengths(rows, slice(0, 2 * num_pairs))))
-    a = k = head.stats[0]
+    a = k = gathering = head.stats[0]  # those of sequences, where a pair is cut
     if in_parts and rows.lengths is not None:
         a, k = pair.sequence_coefficients(num_pairs, rows.lengths, options)
+        gathering = a
+        if options.nll_weight and options.alpha_level == "token":
+            # the chosen's gathered sum is divided by its coefficient, which must not be zero then
+            by_sequence, _ = pair.sequence_coefficients(
+                num_pairs, rows.lengths, replace(options, alpha_level="sequence")
+            )
+            gathering = torch.stack([by_sequence[0::2], a[1::2]], 1).flatten()
     # only fp16 is too short of exponents for a coefficient
-    unit = options.gradient_unit(num_pairs) if head.hidden.dtype == torch.float16 else 1.0
+    unit = options.gradient_unit(bounds) if head.hidden.dtype == torch.float16 else 1.0
 
     for first, last, pieces in chunks:
         gathered = None  # of a pair in several pieces: Σ a_s g_tᵀ h_t, while f'(u) is not known yet
@@ -190,10 +201,12 @@ def _one_pass(
             if d_hidden is not None:
                 torch.mm(grad, head.weight, out=d_hidden[start:end])
             if gathered is not None:
-                gathered.add(head, grad, start, end, a[sequence].expand(end - start), unit)
+                gathered.add(head, grad, start, end, gathering[sequence].expand(end - start), unit)
                 if options.nll_weight and (sequence, end) == (2 * first, bounds[2 * first + 1]):
                     # the chosen sequence is complete, and the nll term's share of it known
-                    d_weight.fold(gathered, k[sequence] / a[sequence])
+                    d_weight.fold(gathered, k[sequence] / gathering[sequence])
+                    if gathering is not a:
+                        gathered.scale(a[sequence] / gathering[sequence])
 
         pairs = score_pairs(pairs, first, last, rows, options, sp, any(needs))
         if gathered is d_weight:

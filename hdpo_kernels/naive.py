@@ -55,16 +55,25 @@ def sequence_sum(values, cu_seqlens) -> Tensor:
 
 
 def pair_loss(
-    logps, ref_logps, *, alpha, beta, loss_type="sigmoid", label_smoothing=0.0, nll_weight=0.0, lengths=None
-) -> HDPOLoss:
+    logps, ref_logps, *, alpha, beta, loss_type="sigmoid", label_smoothing=0.0, nll_weight=0.0, lengths=None,
+    alpha_level="sequence",
+) -> HDPOLoss:  # fmt: skip
     """The loss of P pairs from the log-probabilities (S,) of policy and reference (None: zeros).
 
-    lengths (S,): scored tokens of each sequence, needed by "ipo" and by nll_weight.
+    lengths (S,): scored tokens of each sequence, needed by "ipo", nll_weight and alpha_level "token".
     label_smoothing ε: a preference label is taken to be flipped with probability ε (conservative DPO).
     nll_weight: weight of the chosen sequences' mean negative log-likelihood per token (arXiv 2404.19733).
+    alpha_level "token": z = β(Δ_w − Δ_l) + (α − 1) β n̄ (ℓ_w/n_w − ℓ_l/n_l), Δ = ℓ − ρ, n̄ = (n_w + n_l)/2.
     """
     ref_logps = torch.zeros_like(logps) if ref_logps is None else ref_logps
-    scores = alpha * logps - ref_logps
+    if alpha_level == "sequence":
+        scores = alpha * logps - ref_logps
+    elif alpha_level == "token" and loss_type != "ipo":
+        n = lengths.clamp(min=1).to(logps.dtype)
+        mean_length = ((n[0::2] + n[1::2]) / 2).repeat_interleave(2)
+        scores = (logps - ref_logps) + (alpha - 1) * mean_length * (logps / n)
+    else:
+        raise ValueError(f"alpha_level must be 'sequence', or 'token' without 'ipo', not {alpha_level!r}")
     chosen, rejected = scores[0::2], scores[1::2]
     if loss_type == "sigmoid":
         z = beta * (chosen - rejected)
@@ -87,7 +96,7 @@ def pair_loss(
 
 def hdpo_loss(
     logits, labels, cu_seqlens, ref_logps, *, alpha=1.0, beta=0.1, loss_type="sigmoid", label_smoothing=0.0,
-    nll_weight=0.0, softcap=None, logit_scale=1.0,
+    nll_weight=0.0, softcap=None, logit_scale=1.0, alpha_level="sequence",
 ) -> HDPOLoss:  # fmt: skip
     """The loss from logits (N, V)."""
     token = _token_logp(logits, labels, softcap, logit_scale)
@@ -95,7 +104,7 @@ def hdpo_loss(
     entropy = sequence_sum(token.entropy, cu_seqlens) / lengths.clamp(min=1)
     result = pair_loss(
         sequence_sum(token.logp, cu_seqlens), ref_logps, alpha=alpha, beta=beta, loss_type=loss_type,
-        label_smoothing=label_smoothing, nll_weight=nll_weight, lengths=lengths,
+        label_smoothing=label_smoothing, nll_weight=nll_weight, lengths=lengths, alpha_level=alpha_level,
     )  # fmt: skip
     return result._replace(entropy=entropy)
 

@@ -7,7 +7,7 @@ import torch
 from transformers import TrainingArguments
 
 from hdpo_kernels.checks import GRADIENTS, check_gradient
-from hdpo_kernels.pair import LOSS_TYPES, PairOptions
+from hdpo_kernels.pair import ALPHA_LEVELS, LOSS_TYPES, PairOptions
 from hdpo_train.alpha import SCHEDULES, Target
 from hdpo_train.inherited import check_options, check_ranges
 from hdpo_train.models import in_gguf
@@ -42,6 +42,15 @@ class HDPOConfig(TrainingArguments):
     alpha: float = field(
         default=1.0,
         metadata={"help": "Weight of the policy's log-probs. < 1 sharpens (less entropy), 1 is DPO, > 1 diversifies."},
+    )
+    alpha_level: str = field(
+        default="sequence",
+        metadata={
+            "help": "What alpha weighs: sequence, the sum of a response's log-probs, as in the paper; or token, their "
+            "mean per token (times the pair's mean length), so that responses of unequal length are not pushed apart "
+            "by their lengths alone. The same where lengths are equal.",
+            "choices": ALPHA_LEVELS,
+        },
     )
     alpha_schedule: str = field(
         default="constant",

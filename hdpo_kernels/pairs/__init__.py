@@ -34,7 +34,7 @@ class Pairs(NamedTuple):
     slope: Tensor  # (P,) f'(u)
     logps: Tensor  # (S,) nats
     entropy: Tensor  # (S,) mean nats per scored token
-    rewards: Tensor  # (S,) β(αℓ − ρ)
+    rewards: Tensor  # (S,) β(α_s ℓ − ρ)
     margins: Tensor  # (P,) chosen − rejected
     row_scale: Tensor  # (N,) ∂loss/∂ℓ of each row's sequence; (0,) where no gradient is wanted
 

@@ -33,14 +33,13 @@ def score_pairs(
     lengths = sp.sum(scored_lengths(rows, seqs)) if rows.lengths is None else rows.lengths[seqs]
     logps, entropy = sp.sum(operations.sequence_sum(rows.stats[:, here], bounds))
     ref_logps = None if rows.ref_logps is None else rows.ref_logps[seqs].to(logps.dtype)
-    terms, slope, rewards, weights = pair.score(logps, ref_logps, lengths, options, num_pairs)
+    terms, slope, rewards, margins = pair.score(logps, ref_logps, lengths, options, num_pairs)
     entropy, row_scale = entropy / lengths.clamp(min=1), rows.stats[0, :0]
     if need:
-        a, k = pair.sequence_coefficients(num_pairs, lengths, options, weights)
+        a, k = pair.sequence_coefficients(num_pairs, lengths, options)
         c = torch.addcmul(k.view(-1, 2), a.view(-1, 2), slope.unsqueeze(1)).flatten()
         row_scale = operations.sequence_spread(c, bounds)
-    chosen, rejected = rewards.view(-1, 2).unbind(1)
-    part = Pairs(terms, slope, logps, entropy, rewards, chosen - rejected, row_scale)
+    part = Pairs(terms, slope, logps, entropy, rewards, margins, row_scale)
     if out is None:
         return part
     pairs = slice(first, last)

@@ -84,7 +84,7 @@ def _objective(u, beta, smoothing, LOSS: tl.constexpr):
 def _pair_kernel(
     stats_ptr, N, labels_ptr, cu_seqlens_ptr, ref_logps_ptr, terms_ptr, slope_ptr, logps_ptr, entropy_ptr, rewards_ptr,
     margins_ptr, row_scale_ptr, first, num_pairs, alpha, beta, smoothing, nll_weight, LOSS: tl.constexpr,
-    HAS_REF: tl.constexpr, HAS_GRAD: tl.constexpr, BLOCK_N: tl.constexpr,
+    BY_TOKEN: tl.constexpr, HAS_REF: tl.constexpr, HAS_GRAD: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One pair: everything of it in `Pairs`, from the log-probs and entropies of its rows."""
     pair = first + tl.program_id(0)
@@ -95,7 +95,11 @@ def _pair_kernel(
     logp_w, entropy_w, n_w = _sum_rows(stats_ptr, N, labels_ptr, start, middle, BLOCK_N)
     logp_l, entropy_l, n_l = _sum_rows(stats_ptr, N, labels_ptr, middle, end, BLOCK_N)
 
-    score_w, score_l = alpha * logp_w, alpha * logp_l
+    alpha_w, alpha_l = alpha, alpha
+    if BY_TOKEN:  # see `pair._alphas`
+        alpha_w += (alpha - 1.0) * (n_l - n_w) / (2.0 * n_w)
+        alpha_l += (alpha - 1.0) * (n_w - n_l) / (2.0 * n_l)
+    score_w, score_l = alpha_w * logp_w, alpha_l * logp_l
     if HAS_REF:
         score_w -= tl.load(ref_logps_ptr + chosen).to(tl.float32)
         score_l -= tl.load(ref_logps_ptr + rejected).to(tl.float32)
@@ -118,9 +122,8 @@ def _pair_kernel(
     tl.store(rewards_ptr + rejected, beta * score_l)
     tl.store(margins_ptr + pair, beta * score_w - beta * score_l)
     if HAS_GRAD:
-        a = alpha * share
-        _fill_rows(row_scale_ptr, start, middle, a * weight_w * slope - nll_weight * share / n_w, BLOCK_N)
-        _fill_rows(row_scale_ptr, middle, end, a * weight_l * slope, BLOCK_N)
+        _fill_rows(row_scale_ptr, start, middle, alpha_w * share * weight_w * slope - nll_weight * share / n_w, BLOCK_N)
+        _fill_rows(row_scale_ptr, middle, end, alpha_l * share * weight_l * slope, BLOCK_N)
 
 
 def score_pairs(
@@ -136,7 +139,7 @@ def score_pairs(
         _pair_kernel[(last - first,)](
             stats, stats.shape[1], rows.labels, rows.cu_seqlens, stats if ref_logps is None else ref_logps, *out,
             first, len(out.terms), float(options.alpha), float(options.beta), float(options.label_smoothing),
-            float(options.nll_weight), LOSS=LOSS_TYPES.index(options.loss_type), HAS_REF=ref_logps is not None,
-            HAS_GRAD=need, BLOCK_N=BLOCK_N,
+            float(options.nll_weight), LOSS=LOSS_TYPES.index(options.loss_type),
+            BY_TOKEN=options.alpha_level == "token", HAS_REF=ref_logps is not None, HAS_GRAD=need, BLOCK_N=BLOCK_N,
         )  # fmt: skip
     return out

@@ -20,6 +20,7 @@ OPTIONS = {
     "long pairs": {"chunk_bytes": 8 * V * 4},
     "softcap, nll": {"softcap": 6.0, "logit_scale": 0.7, "nll_weight": 0.3, "chunk_bytes": 8 * V * 4},
     "ipo": {"loss_type": "ipo", "alpha": 0.8},
+    "by token": {"alpha_level": "token", "alpha": 0.6, "nll_weight": 0.3, "chunk_bytes": 8 * V * 4},
 }
 
 

@@ -15,7 +15,7 @@ N, V, H = 60, 101, 16
 INPUTS = zipf_inputs([20, 10, 14, 16], V, H, masked=0.2)
 CU_SEQLENS = torch.tensor(INPUTS.cu_seqlens)
 GEMM = 2 * N * V * H
-LOSS_NUMBERS = PairOptions(0.9, 0.1, "sigmoid", 0.1, 0.05).numbers
+LOSS_NUMBERS = PairOptions(0.9, 0.1, "sigmoid", 0.1, 0.05, "token").numbers
 
 
 def leaves(dtype=torch.float32):
@@ -32,7 +32,9 @@ def from_hidden(hidden, weight, bias, labels, cu_seqlens, ref_logps):
 
 def from_logits(hidden, weight, bias, labels, cu_seqlens, ref_logps, inplace=False):
     logits = torch.nn.functional.linear(hidden, weight, bias)
-    result = hdpo_loss(logits, labels, cu_seqlens, ref_logps, alpha=0.9, nll_weight=0.1, inplace=inplace)
+    result = hdpo_loss(
+        logits, labels, cu_seqlens, ref_logps, alpha=0.9, nll_weight=0.1, alpha_level="token", inplace=inplace
+    )
     return 3 * result.loss, *result[1:]
 
 

@@ -54,8 +54,9 @@ def flops(device, monkeypatch):
         {},
         {"chunk_bytes": FEW_ROWS, "nll_weight": 0.1, "bias": True},
         {"softcap": 20.0, "logit_scale": 0.7, "loss_type": "ipo"},
+        {"chunk_bytes": FEW_ROWS, "nll_weight": 0.1, "alpha": 0.5, "alpha_level": "token"},
     ],
-    ids=["", "pieces, nll, bias", "softcap, scale, ipo"],
+    ids=["", "pieces, nll, bias", "softcap, scale, ipo", "pieces, nll, by token"],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_linear_hdpo_loss_is_as_accurate_as_torch(flops, dtype, options):

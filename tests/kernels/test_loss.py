@@ -27,6 +27,8 @@ OPTIONS = {
     "smoothed, nll": {"alpha": 1.2, "beta": 0.3, "label_smoothing": 0.1, "nll_weight": 0.5},
     "hinge": {"beta": 0.05, "loss_type": "hinge", "label_smoothing": 0.1},
     "ipo, nll": {"alpha": 0.9, "beta": 0.2, "loss_type": "ipo", "nll_weight": 0.5},
+    "by token, nll": {"alpha": 0.6, "beta": 0.3, "alpha_level": "token", "nll_weight": 0.5},
+    "by token, hinge": {"alpha": 1.4, "beta": 0.05, "alpha_level": "token", "loss_type": "hinge"},
     "softcap, scale": {"beta": 0.3, "softcap": 6.0, "logit_scale": 0.7},
 }
 
@@ -85,6 +87,15 @@ def test_linear_hdpo_loss_in_low_precision_is_as_accurate_as_torch(device, dtype
     options = {"alpha": 0.9, "beta": 0.2, "nll_weight": 0.1}
     check_loss(inputs, bias=bias, softcap=6.0, logit_scale=0.7, chunk_bytes=chunk_bytes(ROWS, inputs), **options)
     check_loss(inputs, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("rows", [ROWS, None], ids=["parts of long pairs", "whole pairs"])
+def test_linear_hdpo_loss_by_token_matches_the_oracle_at_very_unequal_lengths(device, dtype, rows):
+    """α_s is 0 for the first chosen (12 against 4 tokens), negative for the second, −3.5 for the last rejected."""
+    inputs = zipf_inputs([4, 12, 1, 9, 0, 7, 34, 2], V, H, dtype=dtype, device=device)
+    options = {"alpha": 0.5, "beta": 0.2, "alpha_level": "token", "nll_weight": 0.2}
+    check_loss(inputs, **options, chunk_bytes=rows and chunk_bytes(rows, inputs))
 
 
 def test_linear_hdpo_loss_matches_the_oracle_at_ragged_sizes(device):

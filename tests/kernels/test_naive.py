@@ -25,6 +25,7 @@ def small_inputs(masked: float = 0.2):
         {"loss_type": "hinge", "beta": 0.05},
         {"loss_type": "ipo", "label_smoothing": 0.2},
         {"nll_weight": 0.7},
+        {"alpha": 0.6, "alpha_level": "token", "nll_weight": 0.2},
     ],
     ids=str,
 )
@@ -167,6 +168,22 @@ def test_pair_loss_label_smoothing_mixes_the_loss_of_the_swapped_pair():
         options = {"loss_type": loss_type, "label_smoothing": 0.2, "lengths": lengths}
         smoothed = naive.pair_loss(logps, None, alpha=0.9, beta=0.5, **options).loss
         torch.testing.assert_close(smoothed, 0.8 * plain + 0.2 * flipped)
+
+
+def test_pair_loss_by_token_weighs_mean_log_probs_by_the_pairs_mean_length():
+    logps, ref_logps = torch.tensor([[-6.0, -8.0], [-5.0, -9.0]], dtype=torch.float64)
+    result = naive.pair_loss(
+        logps, ref_logps, alpha=0.5, beta=0.1, alpha_level="token", lengths=torch.tensor([2, 8])
+    )  # fmt: skip
+    # β(Δ_w − Δ_l) = 0.1 · (−1 − 1), and (α − 1)βn̄ = −0.25 times −3 + 1 nats per token
+    assert float(result.margins) == pytest.approx(-0.2 + 0.25 * 2)
+    assert float(result.chosen_rewards) == pytest.approx(0.1 * (-0.25 * -6.0 + 5.0))  # α_w = 1 − 0.5 · 5/2
+
+
+def test_pair_loss_refuses_alpha_by_token_for_ipo():
+    options = {"alpha": 1.0, "beta": 0.1, "lengths": torch.ones(2), "alpha_level": "token"}
+    with pytest.raises(ValueError, match="'token' without 'ipo'"):
+        naive.pair_loss(torch.zeros(2), None, loss_type="ipo", **options)
 
 
 def test_pair_loss_refuses_an_unknown_loss_type():

@@ -14,6 +14,8 @@ OPTIONS = [
     {"alpha": 0.7, "beta": 0.3, "label_smoothing": 0.2, "nll_weight": 0.5},
     {"alpha": 1.2, "beta": 0.3, "loss_type": "hinge", "label_smoothing": 0.1},
     {"alpha": 0.9, "beta": 0.2, "loss_type": "ipo", "label_smoothing": 0.1, "nll_weight": 0.5},
+    {"alpha": 0.6, "beta": 0.3, "alpha_level": "token", "label_smoothing": 0.1, "nll_weight": 0.5},
+    {"alpha": 1.4, "beta": 0.3, "alpha_level": "token", "loss_type": "hinge"},
 ]
 
 
@@ -68,6 +70,60 @@ def test_pair_loss_with_alpha_one_is_dpo():
     torch.testing.assert_close(pair_loss(logps, ref_logps, alpha=1.0, beta=0.3).loss, expected)
 
 
+def outcome(logps, ref_logps, lengths, **options) -> list[torch.Tensor]:
+    leaf = logps.clone().requires_grad_()
+    result = pair_loss(leaf, ref_logps, lengths=lengths, **options)
+    return [t.detach() for t in result if t is not None] + [*torch.autograd.grad(result.loss, leaf)]
+
+
+def test_pair_loss_by_token_is_the_equation():
+    logps, ref_logps, lengths = make_pairs()
+    alpha, beta, n = 0.6, 0.25, lengths.clamp(min=1).double()
+    leaf = logps.clone().requires_grad_()
+    per_token, ratio, mean_length = leaf / n, leaf - ref_logps, (n[0::2] + n[1::2]) / 2
+    z = beta * (ratio[0::2] - ratio[1::2]) + (alpha - 1) * beta * mean_length * (per_token[0::2] - per_token[1::2])
+    expected = -z.sigmoid().log().mean()
+    actual = outcome(logps, ref_logps, lengths, alpha=alpha, beta=beta, alpha_level="token")
+    torch.testing.assert_close(actual[0], expected.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(actual[-1], *torch.autograd.grad(expected, leaf), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(actual[-2], z.detach(), rtol=1e-12, atol=0)  # margins
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge"])
+def test_pair_loss_by_token_is_by_sequence_to_the_bit_at_alpha_one_and_at_equal_lengths(loss_type, dtype):
+    logps, ref_logps, lengths = make_pairs(dtype)
+    equal = torch.tensor([3, 3, 1, 1, 0, 0, 513, 513])
+    for n, alpha in ((lengths, 1.0), (equal, 0.7), (equal, 1.4)):
+        options = {"alpha": alpha, "beta": 0.3, "loss_type": loss_type, "nll_weight": 0.1}
+        by_token, by_sequence = (
+            outcome(logps, ref_logps, n, alpha_level=level, **options) for level in ("token", "sequence")
+        )
+        assert all(map(torch.equal, by_token, by_sequence))
+
+
+def test_pair_loss_by_token_starts_without_a_margin_where_tokens_are_equally_likely():
+    lengths = torch.tensor([5, 50, 400, 3])
+    logps = -1.7 * lengths.double()
+    options = {"beta": 0.1, "lengths": lengths}
+    for alpha in (0.5, 1.6):
+        assert pair_loss(logps, logps, alpha=alpha, alpha_level="token", **options).margins.abs().max() < 1e-13
+        assert pair_loss(logps, logps, alpha=alpha, **options).margins.abs().min() > 3
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_initial_margins_are_those_of_a_policy_that_is_its_reference(options):
+    _, ref_logps, lengths = make_pairs()
+    expected = naive.pair_loss(ref_logps, ref_logps, lengths=lengths, **options).margins
+    actual = pair.initial_margins(ref_logps, lengths.double(), PairOptions(**options))
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_pair_options_come_back_from_their_numbers(options):
+    assert PairOptions.from_numbers(PairOptions(**options).numbers) == PairOptions(**options)
+
+
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
 def test_pair_loss_takes_lengths_of_integers(loss_type):
     logps, ref_logps, lengths = make_pairs(torch.float32)
@@ -109,10 +165,18 @@ def test_pair_loss_of_nan_is_nan(loss_type):
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
 def test_gradient_unit_brings_coefficients_to_about_one(loss_type):
     options = PairOptions(alpha=0.9, beta=1e-3, loss_type=loss_type)
-    unit = options.gradient_unit(4096)
+    unit = options.gradient_unit(range(8193))
     a, _ = pair.sequence_coefficients(4096, torch.ones(8192), options)
     assert 0.5 < float(a.abs().max()) * unit < 2 and math.log2(unit).is_integer()
-    assert options.gradient_unit(0) > 0
+    assert options.gradient_unit([0]) > 0
+
+
+def test_gradient_unit_keeps_the_coefficients_of_unequal_pairs_in_the_range_of_fp16():
+    options = PairOptions(alpha=1.4, beta=0.1, alpha_level="token")
+    bounds = [0, 100, 200, 201, 4201]
+    a, _ = pair.sequence_coefficients(2, torch.tensor(bounds).diff().double(), options)
+    scaled = a.abs() * options.gradient_unit(bounds)
+    assert float(scaled.min()) > 0.01 and float(scaled.max()) < 128 < float(a[2] / a[0])
 
 
 @pytest.mark.parametrize(
@@ -126,8 +190,11 @@ def test_gradient_unit_brings_coefficients_to_about_one(loss_type):
         ({"label_smoothing": 0.5}, r"in \[0, 0.5\); got 0.5"),
         ({"label_smoothing": -0.1}, r"in \[0, 0.5\); got -0.1"),
         ({"nll_weight": -1.0}, "nll_weight must be zero or positive, got -1.0"),
-        ({"loss_type": "ipo"}, "'ipo' and nll_weight need lengths"),
-        ({"nll_weight": 0.1}, "'ipo' and nll_weight need lengths"),
+        ({"alpha_level": "word"}, "alpha_level must be one of sequence, token; got 'word'"),
+        ({"alpha_level": "token", "loss_type": "ipo"}, "by token already: leave out alpha_level='token'"),
+        ({"loss_type": "ipo"}, "alpha_level='token' need lengths"),
+        ({"nll_weight": 0.1}, "alpha_level='token' need lengths"),
+        ({"alpha_level": "token"}, "alpha_level='token' need lengths"),
         ({"lengths": torch.ones(4)}, r"lengths must have one entry a sequence, \(2,\), got \(4,\)"),
     ],
 )

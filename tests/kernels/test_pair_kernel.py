@@ -49,19 +49,22 @@ def oracle(rows: ScoredStats, options: PairOptions) -> tuple[HDPOLoss, Tensor]:
     return result._replace(entropy=entropy / lengths.clamp(min=1)), torch.zeros_like(logp) if grad is None else grad
 
 
-def draw_options(seed: int, loss_type: str) -> PairOptions:
+LOSSES = [*((name, "sequence") for name in LOSS_TYPES), ("sigmoid", "token"), ("hinge", "token")]
+
+
+def draw_options(seed: int, loss_type: str, level: str) -> PairOptions:
     alpha, beta, smoothing, nll = torch.rand(4, generator=torch.Generator().manual_seed(seed)).tolist()
     nll, smoothing = (0.0 if (seed // step) % 2 else x for x, step in ((nll, 1), (0.49 * smoothing, 2)))
-    return PairOptions(0.5 + alpha, 0.01 + beta, loss_type, smoothing, nll)
+    return PairOptions(0.5 + alpha, 0.01 + beta, loss_type, smoothing, nll, level)
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize(("loss_type", "level"), LOSSES)
 @pytest.mark.parametrize("seed", range(4))
-def test_pair_kernel_is_as_accurate_as_torch(seed, loss_type):
+def test_pair_kernel_is_as_accurate_as_torch(seed, loss_type, level):
     rng = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, 60, (2 * (1 + 3 * seed),), generator=rng).tolist()
     lengths[-1] = 1
-    rows, options = make_rows(lengths, seed, with_ref=seed != 3), draw_options(seed, loss_type)
+    rows, options = make_rows(lengths, seed, with_ref=seed != 3), draw_options(seed, loss_type, level)
     actual, baseline = (run(module, rows, options) for module in (triton_pairs, torch_pairs))
     truth, row_scale = oracle(rows, options)
     rewards = torch.stack([truth.chosen_rewards, truth.rejected_rewards], 1).flatten()
@@ -84,14 +87,14 @@ EXTREMES = [0.0, -1e-30, 1.0, -1.0, 17.0, -17.0, 87.0, -104.0, 1e30, -1e30, 3e38
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_pair_kernel_of_extreme_margins_is_torchs(loss_type, smoothing):
+@pytest.mark.parametrize(("loss_type", "level"), LOSSES)
+def test_pair_kernel_of_extreme_margins_is_torchs(loss_type, level, smoothing):
     """Margins of any size: u is the reference's difference, since α, β and lengths are 1 and log-probs 0."""
     count = len(EXTREMES)
     ref = torch.stack([torch.zeros(count), torch.tensor(EXTREMES)], 1).flatten().to(DEVICE)
     rows = make_rows([1] * (2 * count), 0, masked=0.0)
     rows = rows._replace(stats=torch.zeros_like(rows.stats), ref_logps=ref)
-    options = PairOptions(1.0, 1.0, loss_type, smoothing)
+    options = PairOptions(1.0, 1.0, loss_type, smoothing, alpha_level=level)
     actual, expected = (run(module, rows, options) for module in (triton_pairs, torch_pairs))
     for name, x, y in zip(Pairs._fields, actual, expected, strict=True):
         # a GPU's exp of −87 is a product with log₂ e, rounded at 87; denormal numbers it takes for zero
@@ -99,9 +102,9 @@ def test_pair_kernel_of_extreme_margins_is_torchs(loss_type, smoothing):
     assert actual.terms.isnan()[-1] and actual.rewards[-1].isnan()
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_pair_kernel_tells_a_bad_row_by_its_own_pair_alone(loss_type):
-    rows, options = make_rows([3, 4, 2, 5, 1, 1], 1, masked=0.0), PairOptions(0.9, 0.3, loss_type, 0.1, 0.2)
+@pytest.mark.parametrize(("loss_type", "level"), LOSSES)
+def test_pair_kernel_tells_a_bad_row_by_its_own_pair_alone(loss_type, level):
+    rows, options = make_rows([3, 4, 2, 5, 1, 1], 1, masked=0.0), PairOptions(0.9, 0.3, loss_type, 0.1, 0.2, level)
     clean = run(triton_pairs, rows, options)
     for value, row in ((torch.nan, 8), (-torch.inf, 8), (torch.nan, 11)):
         bad = rows.stats.clone()
@@ -115,7 +118,7 @@ def test_pair_kernel_tells_a_bad_row_by_its_own_pair_alone(loss_type):
 
 
 def test_pair_kernel_sums_64k_tokens_without_losing_digits_and_to_the_same_bits():
-    n, options = 65536, PairOptions(0.95, 1e-3)
+    n, options = 65536, PairOptions(0.95, 1e-3, alpha_level="token")
     rows = make_rows([n, n - 3], 0, masked=0.1)
     first, again, baseline = (run(m, rows, options) for m in (triton_pairs, triton_pairs, torch_pairs))
     truth, row_scale = oracle(rows, options)
@@ -126,8 +129,9 @@ def test_pair_kernel_sums_64k_tokens_without_losing_digits_and_to_the_same_bits(
 
 
 @pytest.mark.parametrize("module", [torch_pairs, triton_pairs])
-def test_score_pairs_of_some_pairs_at_a_time_are_those_of_all(module):
-    rows, options = make_rows([3, 4, 0, 0, 1, 2, 9, 0], 2), PairOptions(0.9, 0.3, "ipo", 0.1, 0.5)
+@pytest.mark.parametrize(("loss_type", "level"), LOSSES[2:])
+def test_score_pairs_of_some_pairs_at_a_time_are_those_of_all(module, loss_type, level):
+    rows, options = make_rows([3, 4, 0, 0, 1, 2, 9, 0], 2), PairOptions(0.9, 0.3, loss_type, 0.1, 0.5, level)
     whole, in_parts = run(module, rows, options), run(module, rows, options, [0, 1, 1, 3, 4])
     for x, y in zip(whole, in_parts, strict=True):
         assert torch.equal(x, y) and x.isfinite().all()

@@ -11,6 +11,7 @@ from hdpo_kernels.testing import HeadInputs, Operations, run, zipf_inputs
 
 V, H, LENGTHS = 97, 24, [9, 11, 0, 5]
 HEAD = {"softcap": 6.0, "logit_scale": 0.7}
+BY_TOKEN = {"alpha": 0.7, "alpha_level": "token"}
 EPSILON = 2**-5
 
 
@@ -31,7 +32,9 @@ def sampled_loss(inputs: HeadInputs, seed: int = 0, **options):
     return run(linear_hdpo_loss, inputs, gradient="sampled", **{"epsilon": EPSILON, **options})
 
 
-@pytest.mark.parametrize("options", [{}, {"loss_type": "ipo", "nll_weight": 0.3}, {"loss_type": "hinge", **HEAD}])
+@pytest.mark.parametrize(
+    "options", [{}, {"loss_type": "ipo", "nll_weight": 0.3}, {"loss_type": "hinge", **HEAD}, BY_TOKEN]
+)
 def test_the_forward_is_that_of_the_exact_gradient(device, options):
     inputs = zipf_inputs(LENGTHS, V, H, masked=0.2, device=device)
     exact, sampled = run(linear_hdpo_loss, inputs, **options), sampled_loss(inputs, **options)
