@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from hdpo_kernels import HDPOLoss
 from hdpo_kernels.device import to_device
+from hdpo_kernels.pair import PairOptions, initial_margins
 
 _SUMS = (
     "pairs", "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
@@ -22,7 +23,7 @@ _SUMS = (
 METRICS = (*_SUMS[1:9], "entropy", "entropy/chosen", "entropy/rejected")  # of an evaluation
 
 
-def batch_sums(result: HDPOLoss, inputs: dict[str, Any], alpha: float, beta: float) -> Tensor:
+def batch_sums(result: HDPOLoss, inputs: dict[str, Any], options: PairOptions) -> Tensor:
     """One vector on the loss's device, one entry for each of _SUMS. inputs: a batch of `PairCollator`."""
     assert result.entropy is not None
     device, ref_logps = result.logps.device, inputs["ref_logps"].to(result.logps.device)
@@ -33,7 +34,7 @@ def batch_sums(result: HDPOLoss, inputs: dict[str, Any], alpha: float, beta: flo
     per_pair = (
         torch.ones_like(result.margins), result.loss.detach().expand_as(result.margins),
         result.chosen_rewards, result.rejected_rewards, (result.margins > 0).float(), result.margins,
-        (alpha - 1) * beta * (ref_logps[0::2] - ref_logps[1::2]), result.logps[0::2], result.logps[1::2],
+        initial_margins(ref_logps, lengths, options), result.logps[0::2], result.logps[1::2],
         lengths[0::2], lengths[1::2], nats[0::2], nats[1::2], num_tokens,
     )  # fmt: skip
     return torch.stack([values.float().sum() for values in per_pair])

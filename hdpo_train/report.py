@@ -128,8 +128,9 @@ def draw(output_dir: str | Path) -> Path:
     for axis in axes[-1]:
         axis.set_xlabel("optimizer step")
     if "alpha" in start:
+        level = " by token" if start.get("alpha_level") == "token" else ""
         figure.suptitle(
-            f"{start['loss_type']}, α {'from' if changing else '='} {start['alpha']:g}, β = {start['beta']:g}, "
+            f"{start['loss_type']}, α {'from' if changing else '='} {start['alpha']:g}{level}, β = {start['beta']:g}, "
             f"{start['pairs']} pairs; margin before training {start['initial_margin']:+.3f} (α = 1: 0)"
         )
     path = Path(output_dir) / REPORT_FILE

@@ -6,20 +6,23 @@
                       └─> are the reference's log-probs, read or computed, its own?      computed once more
 
 The shortest pairs of the run stand for all: a model that is random, or another one than its reference, is so for any
-tokens.
+tokens. At other α the untrained policy has a margin, which the reference's log-probs give: a large one is warned of.
 """
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from pyarrow import compute
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from hdpo_kernels.pair import PairOptions, initial_margins
 from hdpo_train.data import PairCollator
 from hdpo_train.head import bare
 from hdpo_train.models import evaluating, max_positions, varies_beyond
@@ -31,6 +34,9 @@ logger = logging.get_logger(__name__)
 _PAIRS = 4  # that stand for all
 _SEEDS = 8  # enough to see a layer that is left out now and then
 _ROUNDING = 1e-5  # of a log-prob, nats: fp32 sums of a handful of tokens
+# Beyond it, an average pair pulls with less than 0.27 or more than 0.73 of its full force, σ(−z), where DPO starts with
+# 0.5; of hinge it does not pull at all.
+_LARGE_MARGIN = 1.0
 # Two layouts of the same pairs differ by rounding alone. Of that difference, the largest over eight sequences, so much
 # is allowed for: between modes, which run the same batch, and between batches.
 _BETWEEN_MODES, _BETWEEN_BATCHES = 2, 10
@@ -44,6 +50,40 @@ def sequence_lengths(dataset: Dataset) -> list[int]:
         for batch in columns
         for prompt, chosen, rejected in zip(*batch.values(), strict=True)
     ]
+
+
+def margins_before_training(dataset: Dataset, options: PairOptions) -> tuple[Tensor, list[str]]:
+    """The margin (P,) of each tokenized pair while the policy is its reference, and what to warn of."""
+    ref_logps = torch.tensor([dataset[column][:] for column in COLUMNS]).T.flatten()
+    lengths = _completion_lengths(dataset)
+    margins = initial_margins(ref_logps, lengths, options)
+    mean, by_token, warnings = margins.mean().item(), options.alpha_level == "token", []
+    if abs(mean) > _LARGE_MARGIN and options.loss_type != "ipo":
+        chosen, rejected = lengths.view(-1, 2).mean(0).tolist()
+        other = initial_margins(ref_logps, lengths, replace(options, alpha_level="token")).mean().item()
+        instead = f"alpha_level=token, where the margin is {other:+.2f}; pairs of equal length; "
+        warnings.append(
+            f"the margin before training is {mean:+.2f} on average, where DPO starts at 0: the reference's log-probs "
+            f"of chosen and rejected ({chosen:.1f} and {rejected:.1f} tokens on average) differ, and alpha = "
+            f"{options.alpha:g} weighs that difference. The loss first "
+            + ("takes pairs for won, and hardly pushes" if mean > 0 else "pushes hard to make up for it")
+            + f". Ways out: {instead if abs(other) < abs(mean) else ''}an alpha nearer to 1; a smaller beta"
+        )
+    shortest, average = lengths.view(-1, 2).amin(1), lengths.view(-1, 2).mean(1)
+    if by_token and (turned := int((shortest < (1 - options.alpha) * average).sum())):
+        warnings.append(
+            f"in {turned} of {len(margins)} pairs one response is so much shorter than the other that alpha = "
+            f"{options.alpha:g} by token gives it a negative weight: there the loss makes a short chosen response less "
+            "likely, or a short rejected one more likely. Ways out: leave such pairs out, or an alpha nearer to 1"
+        )
+    return margins, warnings
+
+
+def _completion_lengths(dataset: Dataset) -> Tensor:
+    """(2P,) tokens of the completions, chosen and rejected in turn."""
+    tables = dataset.select_columns(["chosen_ids", "rejected_ids"]).with_format("arrow").iter(batch_size=1000)
+    lengths = [[compute.list_value_length(side).to_pylist() for side in table.columns] for table in tables]
+    return torch.cat([torch.tensor(sides).T.flatten() for sides in lengths]).float()
 
 
 def check_lengths(lengths: list[int], models: list[PreTrainedModel], name: str, *, dropped: bool) -> None:

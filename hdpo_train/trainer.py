@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from hdpo_train.report import RunReport, mean_loss
 from hdpo_train.resuming import ResumableTrainer
 from hdpo_train.sampler import TokenBudgetSampler
 from hdpo_train.sigterm import StopAtSigterm
-from hdpo_train.start import check_lengths, sequence_lengths, with_checked_reference
+from hdpo_train.start import check_lengths, margins_before_training, sequence_lengths, with_checked_reference
 from hdpo_train.tiles import tile_mlps
 
 logger = logging.get_logger(__name__)
@@ -61,7 +62,8 @@ class HDPOTrainer(ResumableTrainer):
         peft_config: train an adapter. callbacks, optimizers: as in Trainer.
 
     Metrics: rewards/chosen, rewards/rejected (α-weighted, β(αℓ − ρ)), rewards/accuracies, rewards/margins,
-    rewards/initial_margins ((α − 1)β(ρ_w − ρ_l): the margin of an untrained policy), logps/chosen, logps/rejected,
+    rewards/initial_margins ((α − 1)β(ρ_w − ρ_l): the margin of an untrained policy; both with α_s = 1 + (α − 1) n̄/n_s
+    in α's place where alpha_level is "token"), logps/chosen, logps/rejected,
     entropy, entropy/chosen, entropy/rejected (nats per completion token), num_tokens (of prompt and completion of all
     sequences so far: the same number whatever the layout).
 
@@ -230,7 +232,8 @@ class HDPOTrainer(ResumableTrainer):
         result: HDPOLoss = model(**model_inputs(inputs, self.accelerator.device, self.loss_kwargs))
         weight = inputs.get("weight", 1.0)  # 0: the pair is a repeat
         if self._sums is not None:
-            sums = batch_sums(result, inputs, self.loss_kwargs["alpha"], self.args.beta)
+            options = replace(self.args.pair_options, alpha=self.loss_kwargs["alpha"])
+            sums = batch_sums(result, inputs, options)
             self._sums.append(sums * (weight > 0))
         loss = result.loss * weight
         return (loss, result) if return_outputs else loss
@@ -400,11 +403,14 @@ class HDPOTrainer(ResumableTrainer):
     def _start(self) -> dict[str, Any]:
         """The first line of metrics.jsonl: what the run starts from."""
         args = self.args
-        chosen, rejected = (torch.tensor(self.train_dataset[column][:]) for column in COLUMNS)  # type: ignore[index]
-        margins = (args.alpha - 1) * args.beta * (chosen - rejected)
+        margins, warnings = margins_before_training(self.train_dataset, args.pair_options)  # type: ignore[arg-type]
+        if self.is_world_process_zero():
+            for warning in warnings:
+                logger.warning(warning)
         return {
             "pairs": len(margins),
             "alpha": args.alpha,
+            "alpha_level": args.alpha_level,
             "beta": args.beta,
             "loss_type": args.loss_type,
             "layout": str(self.layout),

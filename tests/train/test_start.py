@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -15,7 +15,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from hdpo_train import HDPOTrainer, reference
+from hdpo_kernels.pair import PairOptions
+from hdpo_train import HDPOTrainer, reference, start
 from hdpo_train.report import read_metrics
 from tests.train.tiny import _IDS, _SIZE, VOCAB, make_model, make_records
 
@@ -117,3 +118,52 @@ def test_init_warns_of_positions_that_depend_on_the_batch(tokenizer, config, cap
     caplog.clear()
     trainer_of(llama(32, rope_type="dynamic", factor=4.0), config(), tokenizer, records)
     assert "Beyond" not in caplog.text
+
+
+def pairs_of_known_margin(chosen, rejected, count=3, per_token=-2.0):
+    """Tokenized pairs of so many tokens each, all equally likely to the reference."""
+    columns = {"ref_chosen_logp": per_token * chosen, "ref_rejected_logp": per_token * rejected}
+    return Dataset.from_list([{**ids(4, chosen, rejected), **columns}] * count)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "mean", "words"),
+    [(0.5, -2.0, "pushes hard to make up for it"), (1.5, 2.0, "takes pairs for won, and hardly pushes")],
+)
+def test_a_large_margin_before_training_is_one_warning_that_says_what_to_do(alpha, mean, words):
+    data = pairs_of_known_margin(10, 20)
+    margins, (warning,) = start.margins_before_training(data, PairOptions(alpha, 0.2))
+    assert margins.tolist() == pytest.approx([mean] * 3)  # (α − 1) β (ρ_w − ρ_l) = ±0.5 · 0.2 · 20
+    expected = (f"{mean:+.2f} on average", "10.0 and 20.0 tokens", f"alpha = {alpha}", words, "alpha_level=token")
+    assert all(part in warning for part in expected)
+    margins, warnings = start.margins_before_training(data, PairOptions(alpha, 0.2, alpha_level="token"))
+    assert margins.abs().max() < 1e-6 and warnings == []
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [({"alpha": 0.5, "beta": 0.099}, 0), ({"alpha": 0.5, "beta": 0.101}, 1), ({"alpha": 1.0, "beta": 5.0}, 0),
+     ({"alpha": 0.5, "beta": 0.2, "loss_type": "ipo"}, 0), ({"alpha": 0.5, "beta": 0.2, "loss_type": "hinge"}, 1)],
+)  # fmt: skip
+def test_a_margin_before_training_is_warned_of_beyond_one_alone(options, warned):
+    assert len(start.margins_before_training(pairs_of_known_margin(10, 20), PairOptions(**options))[1]) == warned
+
+
+def test_margins_by_token_that_lengths_do_not_make_are_warned_of_without_that_way_out():
+    data = Dataset.from_list([{**ids(4, 10, 10), "ref_chosen_logp": -40.0, "ref_rejected_logp": -10.0}])
+    _, (warning,) = start.margins_before_training(data, PairOptions(0.5, 0.2))
+    assert "is +3.00 on average" in warning and "alpha_level" not in warning
+
+
+def test_pairs_so_unequal_that_alpha_by_token_is_negative_are_counted():
+    data = concatenate_datasets([pairs_of_known_margin(1, 9, count=2), pairs_of_known_margin(4, 9)])
+    _, (warning,) = start.margins_before_training(data, PairOptions(0.7, 0.1, alpha_level="token"))
+    assert "in 2 of 5 pairs one response is so much shorter" in warning  # 1 < 0.3 · 5
+    assert start.margins_before_training(data, PairOptions(0.9, 0.1, alpha_level="token"))[1] == []
+
+
+def test_train_warns_of_a_large_margin_once(tokenizer, config, caplog):
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    trainer = trainer_of(make_model(), config(alpha=0.5, beta=0.2), tokenizer, pairs_of_known_margin(10, 20).to_list())
+    assert caplog.text.count("margin before training is -2.00") == 1
+    assert trainer.start["initial_margin"] == pytest.approx(-2.0) and trainer.start["alpha_level"] == "sequence"

@@ -71,8 +71,9 @@ def plain_losses(tokenizer, records, model, *, steps, batch, lr, alphas=None, **
         {"alpha": 0.8, "beta": 0.3, "label_smoothing": 0.1},
         {"alpha": 1.2, "beta": 0.5, "loss_type": "ipo", "nll_weight": 0.2},
         {"alpha": 0.9, "beta": 0.2, "loss_type": "hinge"},
+        {"alpha": 0.7, "beta": 0.5, "alpha_level": "token", "nll_weight": 0.1},
     ],
-    ids=lambda loss: f"{loss.get('loss_type', 'sigmoid')}-{loss['alpha']}",
+    ids=lambda loss: f"{loss.get('loss_type', 'sigmoid')}-{loss['alpha']}-{loss.get('alpha_level', '')}",
 )
 def test_train_follows_plain_pytorch(loss, tokenizer, config):
     args = config(train_sampling_strategy="sequential", max_steps=3, **loss)
@@ -90,12 +91,13 @@ def test_train_starts_at_log_two_and_zero_rewards_for_alpha_one(tokenizer, confi
         assert abs(line[key]) < 1e-5, key
 
 
-def test_train_starts_at_the_initial_margin_for_other_alphas(tokenizer, config):
-    args = config(max_steps=1, alpha=0.7, per_device_train_batch_size=12)
+@pytest.mark.parametrize("level", ["sequence", "token"])
+def test_train_starts_at_the_initial_margin_for_other_alphas(level, tokenizer, config):
+    args = config(max_steps=1, alpha=0.7, per_device_train_batch_size=12, alpha_level=level)
     make_trainer(args, tokenizer).train()
     start, line = read_metrics(args.output_dir)[:2]
-    assert abs(start["initial_margin"]) > 0.05
-    assert line["rewards/margins"] == pytest.approx(start["initial_margin"], rel=1e-4)
+    assert abs(start["initial_margin"]) > (0.05 if level == "sequence" else 1e-4)
+    assert line["rewards/margins"] == pytest.approx(start["initial_margin"], rel=1e-4, abs=1e-6)
     assert line["rewards/initial_margins"] == pytest.approx(start["initial_margin"], rel=1e-5)
 
 
@@ -426,6 +428,8 @@ def test_init_refuses_what_it_would_have_to_ignore(tokenizer, config):
         ({"alpha": 0.0}, "alpha must be from 1e-9 to 1e9 .*, got 0.0"),
         ({"beta": -0.1}, "beta must be from 1e-9 to 1e9 .*, got -0.1"),
         ({"loss_type": "dpo"}, "loss_type must be one of sigmoid, hinge, ipo; got 'dpo'"),
+        ({"alpha_level": "word"}, "alpha_level must be one of sequence, token; got 'word'"),
+        ({"alpha_level": "token", "loss_type": "ipo"}, "by token already: leave out alpha_level"),
         ({"label_smoothing": 0.5}, r"in \[0, 0.5\); got 0.5"),
         ({"label_smoothing_factor": 0.1}, "use label_smoothing"),
         ({"on_bad_record": "ignore"}, "'stop' or 'drop', got 'ignore'"),
