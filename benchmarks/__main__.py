@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import accuracy, forward, longest, loss, memory, plots, report, sampled, small, train_step
+from benchmarks import accuracy, forward, growth, longest, loss, memory, plots, report, sampled, small, train_step
 from benchmarks.contestants import CONTESTANTS, Contestant
 from benchmarks.harness import Deadline, OutOfTime, attempt, start_afresh, use_one_device
 from benchmarks.table import RESULTS, Table, device_name, read
@@ -25,6 +25,7 @@ QUESTIONS = {
     "memory": memory,
     "accuracy": accuracy,
     "train_step": train_step,
+    "growth": growth,
     "sampled": sampled,
     "longest": longest,
 }
@@ -36,6 +37,7 @@ ESTIMATES = {
     "memory": 40.0,
     "accuracy": 20.0,
     "train_step": 60.0,
+    "growth": 60.0,
     "sampled": 55.0,
     "longest": 200.0,
 }
@@ -102,6 +104,8 @@ def main() -> None:
     left_out: list[str] = []
     try:
         left_out = run(tasks, table, contestants, 3 if options.quick else 9, minutes, options.out)
+        if not left_out and not options.quick:
+            table.write(options.out, whole=options.only)
     finally:  # also where the device fails, or somebody stops the run
         pictures = plots.draw(read(table.path(options.out)), options.out, options.device)
         print("\n" + report.tables(table.rows))

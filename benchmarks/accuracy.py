@@ -19,7 +19,8 @@ def shapes(device: str, quick: bool) -> list[Shape]:
     if quick:
         head, length = head._replace(hidden_size=128, vocab=4000), 128
     names = {dtype: str(dtype).removeprefix("torch.") for dtype in (torch.bfloat16, torch.float16, torch.float32)}
-    return [Shape(f"2 × {length} tokens, {name}", head, (length, length), dtype) for dtype, name in names.items()]
+    lengths = (length, 7 * length // 8)
+    return [Shape(f"{length} + {lengths[1]} tokens, {name}", head, lengths, dtype) for dtype, name in names.items()]
 
 
 def measure(

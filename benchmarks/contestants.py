@@ -5,6 +5,7 @@ gradients; packages are imported when they are first used, which is never in a t
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
@@ -12,6 +13,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.shapes import Problem
 from benchmarks.table import installed
@@ -117,15 +119,17 @@ def trl_logp(problem: Problem) -> Tensor:
 
 
 def liger_loss(problem: Problem) -> Tensor:
-    """Its batch is padded, chosen sequences first; ours are all of one length."""
+    """Its batch is padded, chosen sequences first."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
-    def batch(packed: Tensor) -> Tensor:
-        sequences = packed.view(len(problem.cu_seqlens) - 1, -1, *packed.shape[1:])
-        return torch.cat([sequences[0::2], sequences[1::2]])
+    lengths = [end - start for start, end in itertools.pairwise(problem.cu_seqlens)]
+
+    def batch(packed: Tensor, padding: int) -> Tensor:
+        sequences = packed.split(lengths)
+        return pad_sequence([*sequences[0::2], *sequences[1::2]], batch_first=True, padding_value=padding)
 
     loss = LigerFusedLinearDPOLoss(beta=LOSS["alpha"] * LOSS["beta"], use_ref_model=False)
-    return loss(problem.weight, batch(problem.hidden), batch(problem.labels))[0]
+    return loss(problem.weight, batch(problem.hidden, 0), batch(problem.labels, IGNORE_INDEX))[0]
 
 
 def cce_logp(problem: Problem, **options: Any) -> Tensor:

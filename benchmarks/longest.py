@@ -1,5 +1,6 @@
 """How long may a pair be for one optimizer step to fit in memory, beside TRL's DPOTrainer on the same model?"""
 
+import random
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,10 +11,10 @@ import torch
 from benchmarks.contestants import Contestant
 from benchmarks.harness import NEVER, Deadline, attempt
 from benchmarks.table import Table, installed
-from benchmarks.train_step import OURS, TRL, Setup, train
-from benchmarks.train_step import shapes as steps_measured
+from benchmarks.train_step import LARGE, OURS, SMALL, TINY, TRL, Lengths, Setup, present, train
 
 OUR_RATIO = "our length / its length"
+PROMPT = random.Random(0).uniform(0.1, 0.5)  # its share of the longer sequence
 _PRECISION = 0.05  # of the length found, or _TOKENS if that is more
 _TOKENS = 16
 
@@ -22,35 +23,41 @@ class Search(NamedTuple):
     """A model, and the memory that a step may take."""
 
     name: str
-    setup: Setup  # its tokens are what is tried first
+    setup: Setup
+    first: int  # tokens of the longer sequence, to begin with
     mib: float | None = None  # above model and data; None: all that the device has
 
 
 def shapes(device: str, quick: bool) -> list[Search]:
-    model = steps_measured(device, quick)[0]
-    # Two steps: the optimizer's states are there from the end of the first.
-    model = model._replace(pairs=1, steps=2)
-    mib = None if device == "cuda" else 64.0 if quick else 1024.0
-    name = model.name if mib is None else f"{model.name}, {mib:.0f} MiB"
+    model, first, mib = (LARGE, 2048, None) if device == "cuda" else (SMALL, 256, 1024.0)
+    if quick:
+        model, first, mib = TINY, 64, None if device == "cuda" else 64.0
+    budget = "" if mib is None else f", {mib:.0f} MiB"
+    name = f"{model.name}{budget}, {PROMPT:.0%} prompt, rejected 7/8 of chosen"
     return [
-        Search(name, model, mib),
-        Search(f"{name}, checkpointing", model._replace(checkpointing=True), mib),
+        Search(name, model, first, mib),
+        Search(f"{name}, checkpointing", model._replace(checkpointing=True), first, mib),
     ]
+
+
+def pair(tokens: int) -> Lengths:
+    """The pair whose longer sequence, prompt and chosen, has so many tokens; rejected has 7/8 of chosen's."""
+    prompt = round(PROMPT * tokens)
+    return prompt, tokens - prompt, 7 * (tokens - prompt) // 8
 
 
 def measure(
     table: Table, search: Search, contestants: Sequence[Contestant], rounds: int, deadline: Deadline = NEVER
 ) -> None:
-    """Tokens of each sequence of the longest pair, half of them prompt."""
-    names = [OURS, *(contestant.name for contestant in contestants if contestant.name == TRL)]
+    """Tokens of the longer sequence of the longest pair."""
     lengths: dict[str, int] = {}
-    for name in names:
+    for name in present(contestants):
         package = TRL if name == TRL else ""
         if package and not installed(package):
             table.add_status("longest", search.name, name, "not installed", package)
             continue
         fits = _fits(name, search, table.device, deadline)
-        found, status = attempt(partial(longest, fits, search.setup.tokens))
+        found, status = attempt(partial(longest, fits, search.first))
         if found is None:
             table.add_status("longest", search.name, name, status, package)
             continue
@@ -83,7 +90,8 @@ def _fits(name: str, search: Search, device: str, deadline: Deadline) -> Callabl
         deadline.check(per_token * tokens)
         begin = time.monotonic()
         try:
-            run = train(name, search.setup._replace(tokens=tokens), device)
+            # Two steps: the optimizer's states are there from the end of the first.
+            run = train(name, search.setup._replace(lengths=[pair(tokens)] * 2), device)
         except torch.OutOfMemoryError:
             return False
         per_token = max(per_token, (time.monotonic() - begin) / tokens)

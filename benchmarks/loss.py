@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.contest import Contest
 from benchmarks.contestants import LOSS, OURS, Contestant, three_gemms
 from benchmarks.harness import NEVER, Deadline
-from benchmarks.shapes import HEADS, Problem, Shape, make_problem
+from benchmarks.shapes import HEADS, Problem, Shape, drawn_lengths, make_problem
 from benchmarks.table import Table
 from hdpo_kernels.testing import Outcome, true_outcome
 
@@ -19,17 +19,18 @@ def shapes(device: str, quick: bool) -> list[Shape]:
     small = HEADS["V=32000 H=512"]
     if quick:
         head = small._replace(hidden_size=128, vocab=4000)
-        return [Shape("N=256 V=4000 H=128", head, (64,) * 4, torch.float32 if device == "cpu" else torch.bfloat16)]
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        return [Shape("N=256 V=4000 H=128", head, drawn_lengths(4, 256), dtype)]
     if device == "cpu":
-        plain = Shape("N=2048 V=32000 H=512", small, (256,) * 8, torch.float32)
+        plain = Shape("N=2048 V=32000 H=512", small, drawn_lengths(8, 2048), torch.float32)
         return [
             plain,
             plain._replace(name=f"{plain.name}, half masked", masked=True),
             plain._replace(name=f"{plain.name}, peaked", peaked=True),
-            Shape("Qwen2.5-0.5B N=512", HEADS["Qwen2.5-0.5B"], (128,) * 4, torch.float32),
+            Shape("Qwen2.5-0.5B N=512", HEADS["Qwen2.5-0.5B"], drawn_lengths(4, 512), torch.float32),
         ]
     names = ("Llama-3-8B", "Qwen2.5-0.5B", "Gemma-2-2B", "Llama-3.2-1B", "Qwen2.5-7B")
-    whole = [Shape(f"{name} N=8192", HEADS[name], (512,) * 16, torch.bfloat16) for name in names]
+    whole = [Shape(f"{name} N=8192", HEADS[name], drawn_lengths(16, 8192), torch.bfloat16) for name in names]
     masked = [shape._replace(name=f"{shape.name}, half masked", masked=True) for shape in whole[:2]]
     return [whole[0], masked[0], *whole[1:], masked[1]]
 

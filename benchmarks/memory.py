@@ -20,7 +20,8 @@ def shapes(device: str, quick: bool) -> list[Shape]:
     else:
         name, dtype = "Llama-3-8B", torch.bfloat16
         lengths = [1024, 2048] if quick else [65536, 1024, 16384, 4096]
-    return [Shape(f"{name}, 2 × {length} tokens", HEADS[name], (length, length), dtype) for length in lengths]
+    pairs = [(length, 7 * length // 8) for length in lengths]
+    return [Shape(f"{name}, {pair[0]} + {pair[1]} tokens", HEADS[name], pair, dtype) for pair in pairs]
 
 
 def measure(

@@ -15,9 +15,10 @@ _PANELS = {"loss": "forward + backward", "forward": "forward only", "train_step"
 
 
 def draw(rows: Sequence[Row], folder: Path, device: str) -> list[Path]:
-    """Write <device>-time.png, -memory.png, -accuracy.png, -sampled.png, those of which something was measured."""
+    """Write <device>-time.png, -memory.png, -growth.png, -accuracy.png, -sampled.png, those of what was measured."""
     paths = []
-    for name, plot in (("time", _time), ("memory", _memory), ("accuracy", _accuracy), ("sampled", _sampled)):
+    panels = {"time": _time, "memory": _memory, "growth": _growth, "accuracy": _accuracy, "sampled": _sampled}
+    for name, plot in panels.items():
         figure = plot(rows)
         if figure is not None:
             paths.append(folder / f"{device}-{name}.png")
@@ -54,26 +55,37 @@ def _time(rows: Sequence[Row]) -> Figure | None:
 
 
 def _memory(rows: Sequence[Row]) -> Figure | None:
-    """A line per contestant over the length of a pair's sequences."""
-    lines: dict[str, list[tuple[int, float]]] = {}
+    return _against_length(rows, "memory", {"peak memory": "peak above inputs and gradients, MiB"})
+
+
+def _growth(rows: Sequence[Row]) -> Figure | None:
+    time = "CPU time" if any(row["metric"] == "CPU time" for row in rows) else "time"
+    labels = {"peak memory": "peak above model and data, MiB", time: f"{time} of a step, ms"}
+    return _against_length([row for row in rows if ", prompt of" not in row["shape"]], "growth", labels)
+
+
+def _against_length(rows: Sequence[Row], question: str, labels: dict[str, str]) -> Figure | None:
+    """A panel per metric, a line per contestant over the length of a pair's longer sequence."""
+    lines: dict[str, dict[str, list[tuple[int, float]]]] = {metric: {} for metric in labels}
     for row in rows:
-        length = re.search(r"2 × (\d+) tokens", row["shape"])
-        if row["question"] == "memory" and row["metric"] == "peak memory" and length:
-            lines.setdefault(row["contestant"], []).append((int(length[1]), float(row["value"])))
-    if not lines:
+        length = re.search(r"(\d+)( \+ \d+)? tokens", row["shape"])
+        if row["question"] == question and row["metric"] in lines and length:
+            points = lines[row["metric"]].setdefault(row["contestant"], [])
+            points.append((int(length[1]), float(row["value"])))
+    if not any(lines.values()):
         return None
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axis = figure.subplots()
-    for name in sorted(lines, key=rank):
-        axis.plot(*zip(*sorted(lines[name]), strict=True), "o-", label=name, color=_color(name), markersize=4)
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    lengths = sorted({length for points in lines.values() for length, _ in points})
-    axis.set_xticks(lengths, [f"2 × {length}" for length in lengths], fontsize=8)
-    axis.set_xlabel("tokens of one pair")
-    axis.set_ylabel("peak above inputs and gradients, MiB")
-    axis.legend(fontsize=8)
-    _tidy(axis)
+    figure = Figure(figsize=(6.4 * len(labels), 4.2), layout="constrained")
+    for axis, (metric, curves) in zip(figure.subplots(1, len(labels), squeeze=False)[0], lines.items(), strict=True):
+        for name in sorted(curves, key=rank):
+            axis.plot(*zip(*sorted(curves[name]), strict=True), "o-", label=name, color=_color(name), markersize=4)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        lengths = sorted({length for points in curves.values() for length, _ in points})
+        axis.set_xticks(lengths, [f"{length:,}" for length in lengths], fontsize=8)
+        axis.set_xlabel("tokens of the longer sequence of one pair")
+        axis.set_ylabel(labels[metric])
+        axis.legend(fontsize=8)
+        _tidy(axis)
     return figure
 
 

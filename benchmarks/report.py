@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import longest, plots, sampled
+from benchmarks import growth, longest, plots, sampled, train_step
 from benchmarks.contest import OUR_RATIO
 from benchmarks.contestants import CONTESTANTS, NAIVE, OURS, rank
 from benchmarks.table import RESULTS, Row, natural, read
@@ -33,8 +33,18 @@ PIVOTS = (
     Pivot("train_step", "One optimizer step, end to end: our speed, and our time over that of", (OUR_RATIO, "speed")),
     Pivot("train_step", "The same: peak memory above model and data", ("peak memory",)),
     Pivot(
+        "growth",
+        "One step of one long pair: our peak memory above model and data, its ratio to that of, and the power",
+        (train_step.OUR_MEMORY_RATIO, "peak memory", growth.POWER.format("peak memory")),
+    ),
+    Pivot(
+        "growth",
+        "The same: our CPU seconds, on a GPU our time",
+        (train_step.OUR_CPU_RATIO, "CPU time", OUR_RATIO, "time", *map(growth.POWER.format, ("CPU time", "time"))),
+    ),
+    Pivot(
         "longest",
-        "Longest sequences of a pair of which one step fits: ours, and how many times those of",
+        "Longer sequence of the longest pair of which one step fits: ours, and how many times that of",
         (longest.OUR_RATIO, "longest sequence"),
     ),
 )

@@ -10,7 +10,7 @@ from benchmarks import loss
 from benchmarks.contest import Figure, measure_each, peak_mib, relative_error
 from benchmarks.contestants import NAIVE, OURS, Contestant, one_gemm, ours_loss
 from benchmarks.harness import NEVER, Deadline, quartiles, ratio, take_turns
-from benchmarks.shapes import HEADS, Head, Problem, Shape, make_problem
+from benchmarks.shapes import HEADS, Head, Problem, Shape, drawn_lengths, make_problem
 from benchmarks.table import Table
 from hdpo_kernels.sampled.entries import draw, most_entries
 
@@ -27,12 +27,12 @@ def shapes(device: str, quick: bool) -> list[Shape]:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     trained = Shape("quickstart", Head(96, 289), (), dtype, sft_steps=220)
     if quick:
-        made_up = Shape("N=256 V=5000 H=128", Head(128, 5000), (64,) * 4, dtype)
+        made_up = Shape("N=256 V=5000 H=128", Head(128, 5000), drawn_lengths(4, 256), dtype)
         return [*_with_entropies(made_up, (2.0, 4.0)), trained._replace(name="quickstart, 20 steps", sft_steps=20)]
     if device == "cpu":
-        made_up = Shape("N=1024 V=32000 H=2048", Head(2048, 32000), (128,) * 8, dtype)
+        made_up = Shape("N=1024 V=32000 H=2048", Head(2048, 32000), drawn_lengths(8, 1024), dtype)
     else:
-        made_up = Shape("Llama-3-8B N=8192", HEADS["Llama-3-8B"], (512,) * 16, dtype)
+        made_up = Shape("Llama-3-8B N=8192", HEADS["Llama-3-8B"], drawn_lengths(16, 8192), dtype)
     return [*_with_entropies(made_up, _ENTROPIES), trained]
 
 

@@ -52,6 +52,14 @@ class Shape(NamedTuple):
         return 2 * rows * self.head.vocab * self.head.hidden_size
 
 
+def drawn_lengths(sequences: int, rows: int) -> tuple[int, ...]:
+    """Rows of each sequence, that many in all: drawn between 0.4 and 1.6 times their average, the same every time."""
+    rng = random.Random(1)
+    *before, total = itertools.accumulate(rng.uniform(0.4, 1.6) for _ in range(sequences))
+    ends = [0, *(round(rows * end / total) for end in before), rows]
+    return tuple(end - start for start, end in itertools.pairwise(ends))
+
+
 class Problem(NamedTuple):
     """What contestants get: the arguments of `linear_hdpo_loss`; hidden and weight need a gradient."""
 

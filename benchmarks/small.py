@@ -11,7 +11,7 @@ from benchmarks import loss
 from benchmarks.contest import OUR_RATIO, Contest
 from benchmarks.contestants import LOSS, NAIVE, OURS, Contestant
 from benchmarks.harness import NEVER, Deadline, attempt, quartiles, ratio, synchronize, take_turns
-from benchmarks.shapes import HEADS, Head, Problem, Shape, make_problem
+from benchmarks.shapes import HEADS, Head, Problem, Shape, drawn_lengths, make_problem
 from benchmarks.table import Table
 from hdpo_kernels import linear_hdpo_loss, naive
 
@@ -26,7 +26,7 @@ def shapes(device: str, quick: bool) -> list[Shape]:
     name, head = ("V=64 H=64", Head(64, 64)) if device == "cpu" else ("Qwen2.5-0.5B", HEADS["Qwen2.5-0.5B"])
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     rows = _ROWS[:1] if quick else _ROWS
-    return [Shape(f"N={n} {name}", head, (n // _SEQUENCES,) * _SEQUENCES, dtype) for n in rows]
+    return [Shape(f"N={n} {name}", head, drawn_lengths(_SEQUENCES, n), dtype) for n in rows]
 
 
 def measure(

@@ -4,6 +4,7 @@ import csv
 import functools
 import re
 import subprocess
+from collections.abc import Collection
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,21 +35,28 @@ class Table:
         numbers = dict(zip(("value", "low", "high"), (f"{value:.{self.digits}g}" for value in values), strict=False))
         self._append(question, shape, contestant, package, metric=metric, unit=unit, **numbers)
         spread = " ({low} … {high})".format(**numbers) if len(values) == 3 else ""
-        print(f"{question:12}{shape:38}{contestant:18}{metric:24}{numbers['value']:>10} {unit}{spread}", flush=True)
+        print(f"{question:12}{shape:38} {contestant:18} {metric:24}{numbers['value']:>10} {unit}{spread}", flush=True)
 
     def add_status(self, question: str, shape: str, contestant: str, status: str, package: str = "") -> None:
         """Why a contestant has no figures."""
         self._append(question, shape, contestant, package, status=status)
-        print(f"{question:12}{shape:38}{contestant:18}{status}", flush=True)
+        print(f"{question:12}{shape:38} {contestant:18} {status}", flush=True)
 
     def path(self, folder: Path) -> Path:
         return folder / f"{self.name}.csv"
 
-    def write(self, folder: Path) -> None:
-        """Replace the rows of what was measured now (question and shape) in <folder>/<name>.csv, keep the others."""
+    def write(self, folder: Path, whole: Collection[str] = ()) -> None:
+        """Replace the rows of what was measured now (question and shape) in <folder>/<name>.csv, keep the others.
+
+        whole: questions that were measured on all of their shapes; rows of other shapes go.
+        """
         path = self.path(folder)
         measured = {(row["question"], row["shape"]) for row in self.rows}
-        kept = [row for row in read(path) if (row["question"], row["shape"]) not in measured]
+        kept = [
+            row
+            for row in read(path)
+            if row["question"] not in whole and (row["question"], row["shape"]) not in measured
+        ]
         folder.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)

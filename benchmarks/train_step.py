@@ -16,11 +16,14 @@ from benchmarks.harness import NEVER, Deadline, attempt, peak_bytes, quartiles, 
 from benchmarks.table import Table, installed
 
 OURS, TRL = "hdpo_train", "trl"
-WARM_UP, STEPS = 2, 6  # optimizer steps of a run: not timed, timed
+UNSHARED = f"{OURS}, prompts twice"
+OUR_CPU_RATIO, OUR_MEMORY_RATIO = "our CPU time / its CPU time", "our peak / its peak"
+WARM_UP, STEPS = 1, 6  # optimizer steps of a run: not timed, timed
+Lengths = tuple[int, int, int]  # tokens of prompt, chosen and rejected
 
 
 class Setup(NamedTuple):
-    """A random Llama and what a batch is made of."""
+    """A random Llama and the pairs of a run."""
 
     name: str
     vocab: int
@@ -29,24 +32,14 @@ class Setup(NamedTuple):
     layers: int
     heads: int
     kv_heads: int
-    pairs: int  # in a batch
-    tokens: int  # in a sequence, on average
-    prompt: float = 0.5  # share of a sequence
-    ragged: bool = False  # lengths between 0.4 and 1.6 times the average; otherwise all the same
+    pairs: int = 1  # in a batch
+    lengths: Sequence[Lengths] = ()  # of every pair of a run
     checkpointing: bool = False  # of activations
-    steps: int = WARM_UP + STEPS  # optimizer steps of a run
 
     @property
-    def lengths(self) -> list[tuple[int, int, int]]:
-        """Tokens of prompt, chosen and rejected of every pair of a run."""
-        rng = random.Random(0)
-        prompt = round(self.prompt * self.tokens)
-
-        def draw(mean: int) -> int:
-            return round(mean * rng.uniform(0.4, 1.6)) if self.ragged else mean
-
-        pairs = range(self.pairs * self.steps)
-        return [(draw(prompt), draw(self.tokens - prompt), draw(self.tokens - prompt)) for _ in pairs]
+    def steps(self) -> int:
+        """Optimizer steps of a run."""
+        return len(self.lengths) // self.pairs
 
     @property
     def batch_tokens(self) -> float:
@@ -54,68 +47,112 @@ class Setup(NamedTuple):
         return sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in self.lengths) / self.steps
 
 
+TINY = Setup("Llama, 2 layers, V=1000 H=64", 1000, 64, 128, 2, 2, 2)
+SMALL = Setup("Llama, 4 layers, V=32000 H=256", 32000, 256, 768, 4, 4, 4)
+LARGE = Setup("Llama of Qwen2.5-0.5B's sizes", 151936, 896, 4864, 24, 14, 2)
+
+
 def shapes(device: str, quick: bool) -> list[Setup]:
+    """What matters most comes first."""
     if quick:
-        return [Setup("Llama, 2 layers, V=1000 H=64", 1000, 64, 128, 2, 2, 2, 2, 64)]
+        return [_drawn(TINY, pairs=2, tokens=64)]
     if device == "cpu":
-        small = Setup("Llama, 4 layers, V=32000 H=256", 32000, 256, 768, 4, 4, 4, 2, 256)
-        return [small, *_variants(small, short=128)]
-    llama = Setup("Llama of Qwen2.5-0.5B's sizes", 151936, 896, 4864, 24, 14, 2, 4, 2048)
-    long = [
-        llama._replace(name=f"{llama.name}, {tokens // 1024}k tokens", pairs=1, tokens=tokens)
-        for tokens in (8192, 32768)
-    ]
-    return [llama, *_variants(llama, short=256), *long]
+        return [_drawn(SMALL, 2, 256), _like_gsm8k(SMALL), _drawn(SMALL, 2, 256, 0.25), _drawn(SMALL, 2, 256, 0.75)]
+    mean, *long = (_drawn(LARGE, pairs, tokens) for pairs, tokens in ((4, 2048), (1, 8192), (1, 32768)))
+    return [mean, _like_gsm8k(LARGE), _drawn(LARGE, 4, 2048, 0.25), _drawn(LARGE, 4, 2048, 0.75), *long]
 
 
-def _variants(setup: Setup, short: int) -> list[Setup]:
-    """Other shares of prompt, and lengths as people's answers have them: short and ragged."""
-    shares = [setup._replace(name=f"{setup.name}, {share:.0%} prompt", prompt=share) for share in (0.25, 0.75)]
-    pairs = setup.pairs * setup.tokens // short
-    return [*shares, setup._replace(name=f"{setup.name}, ragged", pairs=pairs, tokens=short, ragged=True)]
+def _drawn(model: Setup, pairs: int, tokens: int, prompt: float = 0.5) -> Setup:
+    """Each part of a pair has between 0.4 and 1.6 times its average length; the same ones every time.
+
+    tokens: of a sequence, on average. prompt: its share of them.
+    """
+    rng = random.Random(0)
+
+    def draw(share: float) -> int:
+        return round(share * tokens * rng.uniform(0.4, 1.6))
+
+    lengths = [(draw(prompt), draw(1 - prompt), draw(1 - prompt)) for _ in range(pairs * (WARM_UP + STEPS))]
+    name = f"{model.name}, {pairs} pair{'s' * (pairs > 1)}, about {tokens} tokens a sequence, {prompt:.0%} prompt"
+    return model._replace(name=name, pairs=pairs, lengths=lengths)
+
+
+def _like_gsm8k(model: Setup) -> Setup:
+    """Eight short pairs, whose lengths have the medians and spreads of GSM8K's questions and models' solutions."""
+    rng = random.Random(0)
+
+    def draw(median: int, spread: float) -> int:
+        return round(rng.lognormvariate(math.log(median), spread))
+
+    lengths = [(draw(60, 0.34), draw(125, 0.4), draw(125, 0.4)) for _ in range(8 * (WARM_UP + STEPS))]
+    return model._replace(name=f"{model.name}, 8 pairs as long as GSM8K's", pairs=8, lengths=lengths)
 
 
 def measure(
     table: Table, setup: Setup, contestants: Sequence[Contestant], rounds: int, deadline: Deadline = NEVER
 ) -> None:
-    """Trainers take turns by whole runs, in the order ours, TRL's, TRL's, ours; where time is short, ours, TRL's."""
-    names = [OURS, *(contestant.name for contestant in contestants if contestant.name == TRL)]
-    packages = {TRL: TRL}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    peaks: dict[str, float] = {}
+    compare(table, "train_step", setup, present(contestants), deadline)
+
+
+def present(contestants: Sequence[Contestant]) -> list[str]:
+    """Our trainer, and TRL's if TRL is among the contestants."""
+    return [OURS, *(contestant.name for contestant in contestants if contestant.name == TRL)]
+
+
+def compare(table: Table, question: str, setup: Setup, names: Sequence[str], deadline: Deadline = NEVER) -> None:
+    """Trainers take turns by whole runs, in the order given, then in reverse; where time is short, once."""
+    runs: dict[str, list[Run]] = {name: [] for name in names}
     slowest = 0.0  # seconds of a run
     for order in (names, names[::-1]):
-        if order is not names and deadline.left < slowest * len(seconds):
+        if order is not names and deadline.left < slowest * len(runs):
             break
-        for name in (each for each in order if each in seconds):
+        for name in (each for each in order if each in runs):
             if order is names:
                 deadline.check(slowest)
             begin = time.monotonic()
-            result, status = None, "" if name == OURS or installed(name) else "not installed"
+            run, status = None, "not installed" if name == TRL and not installed(TRL) else ""
             if not status:
-                result, status = attempt(partial(train, name, setup, table.device))
+                run, status = attempt(partial(train, name, setup, table.device))
             slowest = max(slowest, time.monotonic() - begin)
-            if result is not None:
-                status = result.wrong
-            if result is None or status:
-                del seconds[name]
-                table.add_status("train_step", setup.name, name, status, packages.get(name, ""))
+            if run is not None:
+                status = run.wrong
+            if run is None or status:
+                del runs[name]
+                table.add_status(question, setup.name, name, status, _package(name))
                 continue
-            seconds[name] += result.seconds
-            peaks[name] = result.peak_mib
-    for name, values in seconds.items():
-        add = partial(table.add, "train_step", setup.name, name, package=packages.get(name, ""))
-        median, low, high = quartiles(values)
-        add("time", (1e3 * median, 1e3 * low, 1e3 * high), "ms")
-        tokens = setup.batch_tokens
-        add("speed", (tokens / median, tokens / high, tokens / low), "tokens/s")
+            runs[name].append(run)
+
+    def pooled(name: str, clock: str) -> list[float]:
+        return [seconds for run in runs[name] for seconds in getattr(run, clock)]
+
+    clocks = [("time", OUR_RATIO, "seconds")]
+    if table.device == "cpu":  # on a GPU it is the host's, which waits
+        clocks.append(("CPU time", OUR_CPU_RATIO, "cpu_seconds"))
+    # The least: a process's first run also loads what is imported when it is used.
+    peaks = {name: min(run.peak_mib for run in each) for name, each in runs.items()}
+    for name in runs:
+        add = partial(table.add, question, setup.name, name, package=_package(name))
+        compared = name != OURS and OURS in runs
+        for metric, ours_over_its, clock in clocks:
+            median, low, high = quartiles(pooled(name, clock))
+            add(metric, (1e3 * median, 1e3 * low, 1e3 * high), "ms")
+            if metric == "time":
+                speeds = (setup.batch_tokens / seconds for seconds in (median, high, low))
+                add("speed", tuple(speeds), "tokens/s")
+            if compared:
+                add(ours_over_its, ratio(pooled(OURS, clock), pooled(name, clock)), "×")
         add("peak memory", (peaks[name],), "MiB")
-        if name != OURS and OURS in seconds:
-            add(OUR_RATIO, ratio(seconds[OURS], values), "×")
+        if compared:
+            add(OUR_MEMORY_RATIO, (peaks[OURS] / peaks[name],), "×")
+
+
+def _package(name: str) -> str:
+    return TRL if name == TRL else ""
 
 
 class Run(NamedTuple):
     seconds: list[float]  # of each step after the warm-up, from its predecessor's end to its own
+    cpu_seconds: list[float]  # of this process in them, all threads
     peak_mib: float  # above model and data
     first_loss: float
 
@@ -132,11 +169,11 @@ def train(name: str, setup: Setup, device: str) -> Run:
 
     class Stopwatch(TrainerCallback):
         def __init__(self) -> None:
-            self.ends: list[float] = []
+            self.ends: list[tuple[float, float]] = []
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             synchronize(device)
-            self.ends.append(time.perf_counter())
+            self.ends.append((time.perf_counter(), time.process_time()))
 
     start_afresh()
     with tempfile.TemporaryDirectory() as folder:
@@ -145,8 +182,9 @@ def train(name: str, setup: Setup, device: str) -> Run:
         trainer.add_callback(stopwatch)
         trainer.remove_callback(PrinterCallback)
         peak = peak_bytes(trainer.train, device)
-    seconds = [end - start for start, end in pairwise(stopwatch.ends[WARM_UP - 1 :])]
-    return Run(seconds, peak / 2**20, trainer.state.log_history[0]["loss"])
+    steps = list(pairwise(stopwatch.ends[WARM_UP - 1 :]))
+    seconds, cpu_seconds = ([end[clock] - start[clock] for start, end in steps] for clock in (0, 1))
+    return Run(seconds, cpu_seconds, peak / 2**20, trainer.state.log_history[0]["loss"])
 
 
 def _trainer(name: str, setup: Setup, device: str, folder: Path) -> Any:
@@ -159,7 +197,7 @@ def _trainer(name: str, setup: Setup, device: str, folder: Path) -> Any:
     config = LlamaConfig(
         vocab_size=setup.vocab, hidden_size=setup.hidden_size, intermediate_size=setup.intermediate_size,
         num_hidden_layers=setup.layers, num_attention_heads=setup.heads, num_key_value_heads=setup.kv_heads,
-        max_position_embeddings=2 * setup.tokens, tie_word_embeddings=True,
+        max_position_embeddings=max(prompt + max(both) for prompt, *both in setup.lengths), tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=setup.vocab - 2, pad_token_id=setup.vocab - 1,
     )  # fmt: skip
     options: dict[str, Any] = dict(
@@ -173,9 +211,10 @@ def _trainer(name: str, setup: Setup, device: str, folder: Path) -> Any:
         train_dataset=Dataset.from_list(_records(setup)),
         processing_class=_tokenizer(setup.vocab),
     )
-    if name == OURS:
+    if name != TRL:
         from hdpo_train import HDPOConfig, HDPOTrainer
 
+        options |= {"shared_prompt": False} if name == UNSHARED else {}
         return HDPOTrainer(args=HDPOConfig(alpha=1.0, ref_cache_dir=str(folder / "reference"), **options), **given)
     from trl import DPOConfig, DPOTrainer
 

@@ -12,6 +12,12 @@ from benchmarks.table import Table, installed
 from benchmarks.train_step import OURS, TRL, Run
 
 
+def longer_sequence(setup):
+    ((prompt, chosen, rejected),) = set(setup.lengths)
+    assert rejected == 7 * chosen // 8
+    return prompt + chosen
+
+
 @pytest.mark.parametrize("limit", [0, 15, 17, 100, 256, 1000, 100_000])
 def test_longest_is_within_its_precision(limit):
     tried = []
@@ -31,10 +37,10 @@ def test_measure_compares_lengths(runs_out, monkeypatch):
     """By a budget, as on a CPU, and by what the device says when it has no more."""
 
     def train(name, setup, device):
-        mib = setup.tokens * (0.25 if name == OURS else 1.0)
+        mib = longer_sequence(setup) * (0.25 if name == OURS else 1.0)
         if runs_out and mib > 1000:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return Run([], mib, 0.6931)
+        return Run([], [], mib, 0.6931)
 
     monkeypatch.setattr(longest, "train", train)
     (search, checkpointed) = longest.shapes("cpu", quick=True)
@@ -49,7 +55,7 @@ def test_measure_compares_lengths(runs_out, monkeypatch):
 
 @pytest.mark.skipif(not installed(TRL), reason="TRL is not installed")
 def test_measure_a_wrong_loss_has_no_length(monkeypatch):
-    monkeypatch.setattr(longest, "train", lambda name, *_: Run([], 2000.0, 0.6931 if name == OURS else 0.9))
+    monkeypatch.setattr(longest, "train", lambda name, *_: Run([], [], 2000.0, 0.6931 if name == OURS else 0.9))
     table = Table("cpu")
     longest.measure(table, longest.shapes("cpu", quick=True)[0], CONTESTANTS, rounds=1)
     ours, theirs = table.rows
@@ -64,9 +70,9 @@ def test_measure_does_not_start_a_length_that_would_end_too_late(monkeypatch):
     tried = []
 
     def train(name, setup, device):
-        tried.append(setup.tokens)
-        now[0] += setup.tokens / 100
-        return Run([], 0.0, 0.6931)
+        tried.append(longer_sequence(setup))
+        now[0] += tried[-1] / 100
+        return Run([], [], 0.0, 0.6931)
 
     monkeypatch.setattr(longest, "train", train)
     search, _ = longest.shapes("cpu", quick=True)

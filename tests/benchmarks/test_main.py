@@ -96,17 +96,34 @@ def test_run_goes_on_after_an_error_and_reports_it(monkeypatch, tmp_path):
     assert bad["status"] == "failed: ValueError: a bug of ours" and good["value"] == "1"
 
 
+@pytest.mark.parametrize(("options", "stays"), [([], False), (["--quick"], True), (["--minutes", "0.5"], True)])
+def test_main_drops_shapes_that_are_no_more_once_all_others_are_measured(options, stays, monkeypatch, tmp_path, clock):
+    old = Table("cpu")
+    old.add("loss", "gone", "naive", "time", (2.0,), "ms")
+    old.write(tmp_path)
+    question = fake_question("loss", 20, clock)
+    question.shapes = lambda *_: shapes("a", "b")
+    monkeypatch.setitem(main.QUESTIONS, "loss", question)
+    monkeypatch.setitem(main.ESTIMATES, "loss", 0.0)
+    monkeypatch.setattr(main.plots, "draw", lambda *_: [])
+    command = ["benchmarks", "--device", "cpu", "--only", "loss", "--out", str(tmp_path), *options]
+    monkeypatch.setattr(sys, "argv", command)
+    main.main()
+    assert ("gone" in {row["shape"] for row in read(tmp_path / "cpu.csv")}) == stays
+
+
 def test_quick_run_end_to_end(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
-    options = f"--quick --device cpu --only loss train_step --out {tmp_path}".split()
+    options = f"--quick --device cpu --only loss train_step growth --out {tmp_path}".split()
     command = [sys.executable, "-m", "benchmarks", *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = read(tmp_path / "cpu.csv")
     names = (contestant.name for contestant in CONTESTANTS if contestant.has_backward)
-    contestants = {"three GEMMs", "hdpo_train", *names}
+    contestants = {"three GEMMs", "hdpo_train", "hdpo_train, prompts twice", *names}
     assert {row["contestant"] for row in rows} == contestants
     assert not [row for row in rows if row["status"].startswith(("wrong", "failed"))]
     assert (tmp_path / "cpu-time.png").exists()
     assert "| Forward + backward" in done.stdout and "| One optimizer step" in done.stdout
+    assert "power of the length, 64 to 128" in done.stdout and (tmp_path / "cpu-growth.png").exists()

@@ -5,6 +5,7 @@ import pytest
 from benchmarks import plots, report
 from benchmarks.contest import OUR_RATIO
 from benchmarks.contestants import CHUNKED, FUSED
+from benchmarks.growth import POWER
 from benchmarks.shapes import HEADS
 from benchmarks.table import RESULTS, Table, read
 from hdpo_kernels.rows import FUSED_MAX_HIDDEN
@@ -19,9 +20,13 @@ def example() -> Table:
     table.add_status("loss", "N=512", "naive", "out of memory")
     table.add_status("loss", "N=2048", "cce", "needs CUDA", "cut-cross-entropy")
     table.add_status("loss", "N=512", "cce", "needs CUDA", "cut-cross-entropy")
-    table.add("memory", "2 × 1024 tokens", "naive", "peak memory", (1536.0,), "MiB")
-    table.add("memory", "2 × 256 tokens", "naive", "peak memory", (384.0,), "MiB")
-    table.add("accuracy", "2 × 2048 tokens, bfloat16", "naive", "log-prob of a sequence", (0.18,), "nat")
+    table.add("memory", "1024 + 896 tokens", "naive", "peak memory", (1536.0,), "MiB")
+    table.add("memory", "256 + 224 tokens", "naive", "peak memory", (384.0,), "MiB")
+    for length, mib in ((64, 10.0), (128, 21.0)):
+        table.add("growth", f"L, {length} + {7 * length // 8} tokens", "hdpo_train", "peak memory", (mib,), "MiB")
+        table.add("growth", f"L, {length} + {7 * length // 8} tokens", "hdpo_train", "CPU time", (30 * mib,), "ms")
+    table.add("growth", "L, power of the length, 64 to 128", "hdpo_train", POWER.format("peak memory"), (1.07,), "")
+    table.add("accuracy", "2048 + 1792 tokens, bfloat16", "naive", "log-prob of a sequence", (0.18,), "nat")
     return table
 
 
@@ -32,7 +37,8 @@ def test_tables_show_figures_statuses_and_nothing_else():
     assert lines[2] == "| N=512 | 300 ms (290 … 310) | out of memory |"  # shapes by size, not by letters
     assert lines[3] == "| N=2048 | 1,234 ms (1,000 … 1,500) | 0.617 × (0.5 … 0.7) |"
     assert "No figures: cce: needs CUDA." in lines
-    assert text.index("| 2 × 256 tokens | 384 MiB |") < text.index("| 2 × 1024 tokens | 1,536 MiB |")
+    assert text.index("| 256 + 224 tokens | 384 MiB |") < text.index("| 1024 + 896 tokens | 1,536 MiB |")
+    assert "tokens | 21 MiB |\n| L, power of the length, 64 to 128 | 1.07 |\n\n" in text
     assert "naive: plain PyTorch with all logits." in text
 
 
@@ -55,7 +61,7 @@ def test_section_without_results_says_so(tmp_path):
 def test_draw_makes_the_plots_of_what_was_measured(tmp_path):
     rows = example().rows
     paths = plots.draw(rows, tmp_path, "cpu")
-    assert [path.name for path in paths] == ["cpu-time.png", "cpu-memory.png", "cpu-accuracy.png"]
+    assert [path.name for path in paths] == [f"cpu-{name}.png" for name in ("time", "memory", "growth", "accuracy")]
     assert all(path.stat().st_size > 5000 for path in paths)
     assert plots.draw([row for row in rows if row["question"] == "memory"], tmp_path, "cuda") == [
         tmp_path / "cuda-memory.png"

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from benchmarks import __main__ as main
-from benchmarks import loss
-from benchmarks.shapes import HEADS, Head, Shape, make_problem
+from benchmarks import longest, loss
+from benchmarks.shapes import HEADS, Head, Shape, drawn_lengths, make_problem
 from hdpo_kernels import linear_hdpo_loss, naive
 
 TAUGHT = Shape("taught", Head(96, 289), (), torch.float32, sft_steps=2)
@@ -31,6 +31,29 @@ def test_shapes_have_unique_names_and_the_target_comes_first(device):
     first = loss.shapes(device, quick=False)[0]
     target = {"cpu": (2048, 32000, 512), "cuda": (8192, 128256, 4096)}[device]
     assert (sum(first.lengths), first.head.vocab, first.head.hidden_size) == target
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("quick", [False, True])
+def test_chosen_and_rejected_differ_in_length_in_every_question(device, quick):
+    for name, question in main.QUESTIONS.items():
+        for shape in question.shapes(device, quick):
+            if isinstance(shape, Shape):
+                pairs = list(zip(shape.lengths[0::2], shape.lengths[1::2], strict=True))
+                assert pairs or shape.sft_steps is not None
+            elif name == "longest":
+                pairs = [longest.pair(tokens)[1:] for tokens in (64, 1001)]
+            else:
+                pairs = [pair[1:] for pair in (shape.pairs if name == "growth" else shape.lengths)]
+            equal = sum(chosen == rejected for chosen, rejected in pairs)
+            assert equal <= 0.05 * len(pairs), (name, shape.name)
+
+
+@pytest.mark.parametrize(("sequences", "rows"), [(2, 7), (4, 16), (8, 2048), (16, 8192)])
+def test_drawn_lengths_add_up_and_are_the_same_every_time(sequences, rows):
+    lengths = drawn_lengths(sequences, rows)
+    assert sum(lengths) == rows and len(lengths) == sequences and lengths == drawn_lengths(sequences, rows)
+    assert 1 <= min(lengths) < max(lengths) < 3 * rows / sequences
 
 
 def test_make_problem_masks_the_first_half_of_every_sequence():

@@ -33,6 +33,16 @@ def test_write_replaces_the_shapes_measured_now_and_keeps_the_others(tmp_path):
     ]
 
 
+def test_write_drops_other_shapes_of_questions_that_were_measured_whole(tmp_path):
+    for shape in ("old", "new"):
+        table = Table("cpu")
+        for question in ("loss", "memory"):
+            table.add(question, shape, "ours", "time", (1.0,), "ms")
+        table.write(tmp_path, whole=["memory"])
+    rows = [(row["question"], row["shape"]) for row in read(tmp_path / "cpu.csv")]
+    assert rows == [("loss", "old"), ("loss", "new"), ("memory", "new")]
+
+
 def test_add_status_is_a_row_without_a_figure(tmp_path):
     table = Table("cpu")
     table.add_status("loss", "a", "cce", "needs CUDA", "no-such-package")

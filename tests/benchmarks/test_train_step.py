@@ -1,6 +1,8 @@
 """Trainers take turns, and one whose loss is wrong is not timed."""
 
 import contextlib
+import re
+import statistics
 import time
 
 import pytest
@@ -10,7 +12,7 @@ from benchmarks.contest import OUR_RATIO
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.harness import Deadline, OutOfTime
 from benchmarks.table import Table, installed
-from benchmarks.train_step import OURS, TRL, Run
+from benchmarks.train_step import OUR_CPU_RATIO, OUR_MEMORY_RATIO, OURS, TRL, Run
 
 (SETUP,) = train_step.shapes("cpu", quick=True)
 
@@ -21,34 +23,49 @@ def test_measure_takes_turns_by_runs(monkeypatch):
 
     def train(name, setup, device):
         order.append(name)
-        return Run([1.0, 2.0] if name == OURS else [2.0, 4.0], 64.0, 0.6931)
+        if name == OURS:
+            return Run([1.0, 2.0], [0.5, 0.75], 64.0, 0.6931)
+        return Run([2.0, 4.0], [4.0, 6.0], 256.0, 0.6931)
 
     monkeypatch.setattr(train_step, "train", train)
     table = Table("cpu")
     train_step.measure(table, SETUP, CONTESTANTS, rounds=1)
     assert order == [OURS, TRL, TRL, OURS]
-    (row,) = [row for row in table.rows if row["metric"] == OUR_RATIO]
-    assert (row["contestant"], row["value"]) == (TRL, "0.5")
-    speeds = {row["contestant"]: float(row["value"]) for row in table.rows if row["metric"] == "speed"}
-    assert speeds[OURS] == pytest.approx(SETUP.batch_tokens / 1.5, rel=1e-3)
+    figures = {(row["contestant"], row["metric"]): float(row["value"]) for row in table.rows}
+    ratios = {metric: figures[TRL, metric] for metric in (OUR_RATIO, OUR_CPU_RATIO, OUR_MEMORY_RATIO)}
+    assert ratios == {OUR_RATIO: 0.5, OUR_CPU_RATIO: 0.125, OUR_MEMORY_RATIO: 0.25}
+    assert figures[OURS, "CPU time"] == 625 and not {(OURS, ratio) for ratio in ratios} & figures.keys()
+    assert figures[OURS, "speed"] == pytest.approx(SETUP.batch_tokens / 1.5, rel=1e-3)
 
 
 @pytest.mark.skipif(not installed(TRL), reason="TRL is not installed")
 def test_measure_a_wrong_loss_is_not_timed(monkeypatch):
-    monkeypatch.setattr(train_step, "train", lambda name, *_: Run([1.0], 64.0, 0.6931 if name == OURS else 0.9))
+    monkeypatch.setattr(train_step, "train", lambda name, *_: Run([1.0], [1.0], 64.0, 0.6931 if name == OURS else 0.9))
     table = Table("cpu")
     train_step.measure(table, SETUP, CONTESTANTS, rounds=1)
     (row,) = [row for row in table.rows if row["contestant"] == TRL]
     assert row["status"] == "wrong: the loss starts at 0.9, not at log 2"
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_lengths_are_near_what_a_name_says(device):
+    for setup in train_step.shapes(device, quick=False):
+        assert setup.steps == train_step.WARM_UP + train_step.STEPS and len(set(setup.lengths)) == len(setup.lengths)
+        if told := re.search(r"(\d+) pairs?, about (\d+) tokens a sequence, (\d+)% prompt", setup.name):
+            pairs, tokens, prompt = map(int, told.groups())
+            prompts = sum(lengths[0] for lengths in setup.lengths) / len(setup.lengths)
+            assert pairs == setup.pairs and setup.batch_tokens / (2 * pairs) == pytest.approx(tokens, rel=0.15)
+            assert prompts == pytest.approx(prompt / 100 * tokens, rel=0.25)
+        else:
+            assert setup.pairs == 8
+            medians = [statistics.median(column) for column in zip(*setup.lengths, strict=True)]
+            assert medians == pytest.approx([60, 125, 125], rel=0.1)
+
+
 def test_records_have_the_lengths_of_their_setup():
-    for setup in train_step.shapes("cpu", quick=False):
-        assert abs(setup.batch_tokens / (2 * setup.pairs) - setup.tokens) < 0.15 * setup.tokens
-        assert (len(set(setup.lengths)) > 1) == setup.ragged
-        words = [[len(record[key].split()) for key in ("prompt", "chosen", "rejected")]
-                 for record in train_step._records(setup)]  # fmt: skip
-        assert [(p, c + 1, r + 1) for p, c, r in words] == setup.lengths  # the EOS is the last one
+    words = [[len(record[key].split()) for key in ("prompt", "chosen", "rejected")]
+             for record in train_step._records(SETUP)]  # fmt: skip
+    assert [(p, c + 1, r + 1) for p, c, r in words] == SETUP.lengths  # the EOS is the last one
 
 
 @pytest.mark.skipif(not installed(TRL), reason="TRL is not installed")
@@ -61,7 +78,7 @@ def test_measure_takes_the_turns_that_the_deadline_allows(seconds, runs, monkeyp
     def train(name, setup, device):
         now[0] += 10
         order.append(name)
-        return Run([1.0], 64.0, 0.6931)
+        return Run([1.0], [1.0], 64.0, 0.6931)
 
     monkeypatch.setattr(train_step, "train", train)
     table = Table("cpu")
