@@ -144,13 +144,14 @@ class Scored(NamedTuple):
     slope: Tensor  # (P,) f'(u_p)
     rewards: Tensor  # (S,) β(α_s ℓ − ρ)
     margins: Tensor  # (P,) chosen − rejected
+    alphas: Tensor | float  # α_s, (S,) or one for all
 
 
 def evaluate(logps: Tensor, ref_logps: Tensor | None, lengths: Tensor | None, options: PairOptions) -> HDPOLoss:
     """The loss and what is plotted beside it; inputs already checked."""
-    terms, _, rewards, margins = score(logps, ref_logps, lengths, options, logps.shape[0] // 2)
-    chosen, rejected = rewards.detach().view(-1, 2).unbind(1)
-    return HDPOLoss(terms.sum(), logps.detach(), None, chosen, rejected, margins.detach())
+    scored = score(logps, ref_logps, lengths, options, logps.shape[0] // 2)
+    chosen, rejected = scored.rewards.detach().view(-1, 2).unbind(1)
+    return HDPOLoss(scored.terms.sum(), logps.detach(), None, chosen, rejected, scored.margins.detach())
 
 
 def score(
@@ -158,7 +159,8 @@ def score(
 ) -> Scored:
     """The pairs that logps (S,) are of, some or all of the `num_pairs` that the loss is a mean over."""
     num_pairs = max(num_pairs, 1)
-    scores = (options.alpha if lengths is None else _alphas(lengths, options)) * logps
+    alphas = options.alpha if lengths is None else _alphas(lengths, options)
+    scores = alphas * logps
     if ref_logps is not None:
         scores = scores - ref_logps
     rewards = options.beta * scores
@@ -171,12 +173,14 @@ def score(
     if options.nll_weight:
         assert lengths is not None
         terms = terms - options.nll_weight / num_pairs * (logps / lengths.clamp(min=1))[0::2]
-    return Scored(terms, slope, rewards, margins)
+    return Scored(terms, slope, rewards, margins, alphas)
 
 
-def sequence_coefficients(num_pairs: int, lengths: Tensor, options: PairOptions) -> tuple[Tensor, Tensor]:
-    """a and k, each (S,): c_s = a_s · f'(u_p) + k_s. lengths (S,) floating."""
-    share, alphas = 1 / max(num_pairs, 1), _alphas(lengths, options)
+def sequence_coefficients(
+    num_pairs: int, lengths: Tensor, options: PairOptions, alphas: Tensor | float | None = None
+) -> tuple[Tensor, Tensor]:
+    """a and k, each (S,): c_s = a_s · f'(u_p) + k_s. lengths (S,) floating; alphas: those of `Scored`, if known."""
+    share, alphas = 1 / max(num_pairs, 1), _alphas(lengths, options) if alphas is None else alphas
     scale = share if options.loss_type == "ipo" else options.beta * share
     a = alphas * scale if isinstance(alphas, Tensor) else torch.full_like(lengths, alphas * scale)
     if options.loss_type == "ipo":

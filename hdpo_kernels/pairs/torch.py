@@ -31,13 +31,14 @@ def score_pairs(
     bounds = [b - here.start for b in rows.bounds[seqs.start : seqs.stop + 1]]
     operations = backend(rows.stats)
     lengths = sp.sum(scored_lengths(rows, seqs)) if rows.lengths is None else rows.lengths[seqs]
-    logps, entropy = sp.sum(operations.sequence_sum(rows.stats[:, here], bounds))
+    logps, entropy = sp.sum(operations.sequence_sum(rows.stats[:, here], bounds)).unbind(0)
     ref_logps = None if rows.ref_logps is None else rows.ref_logps[seqs].to(logps.dtype)
-    terms, slope, rewards, margins = pair.score(logps, ref_logps, lengths, options, num_pairs)
+    terms, slope, rewards, margins, alphas = pair.score(logps, ref_logps, lengths, options, num_pairs)
     entropy, row_scale = entropy / lengths.clamp(min=1), rows.stats[0, :0]
     if need:
-        a, k = pair.sequence_coefficients(num_pairs, lengths, options)
-        c = torch.addcmul(k.view(-1, 2), a.view(-1, 2), slope.unsqueeze(1)).flatten()
+        a, k = pair.sequence_coefficients(num_pairs, lengths, options, alphas)
+        c = (a.view(-1, 2) * slope.unsqueeze(1)).flatten()
+        c = c + k if options.nll_weight else c
         row_scale = operations.sequence_spread(c, bounds)
     part = Pairs(terms, slope, logps, entropy, rewards, margins, row_scale)
     if out is None:

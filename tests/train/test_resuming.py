@@ -89,13 +89,13 @@ def test_train_goes_on_where_max_steps_was_raised(copy, tokenizer, warnings):
 
 def test_train_says_once_what_has_changed_and_takes_the_new_options(copy, tokenizer, warnings):
     changed = {"alpha": 1.1, "learning_rate": 5e-4, "weight_decay": 0.1, "logging_steps": 2, "max_steps": 6}
-    trainer = make_trainer(copy, tokenizer, make_records(8, seed=1), **changed)
+    trainer = make_trainer(copy, tokenizer, make_records(8, seed=1), alpha_level="token", **changed)
     trainer.train(resume_from_checkpoint=str(copy / "out" / "checkpoint-4"))
     (line,) = (line for line in warnings.text.splitlines() if "was written with other options" in line)
     for words in ("alpha 0.9 → 1.1", "learning_rate 0.001 → 0.0005", "weight_decay 0.0 → 0.1", "max_steps 5 → 6"):
         assert words in line
-    assert "train data set 12 pairs, " in line and " → 8 pairs, " in line
-    assert line.count("→") == 5  # neither model nor tokenizer, nor how often it is logged
+    assert "train data set 12 pairs, " in line and " → 8 pairs, " in line and "alpha_level sequence → token" in line
+    assert line.count("→") == 6  # neither model nor tokenizer, nor how often it is logged
     last = [line for line in read_metrics(copy / "out") if "loss" in line][-1]
     assert (last["learning_rate"], last["alpha"]) == (5e-4, 1.1)
     assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.1, 0.0}
