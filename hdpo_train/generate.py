@@ -8,8 +8,9 @@ that one would have drawn, bit for bit on the same machine with the same version
 
 import hashlib
 import math
+import string
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,6 +85,7 @@ class Sampler:
             raise ValueError("there is no prompt to sample from")
         self.tokenizer, self.options, self.name, self.entropy = tokenizer, options, name, entropy
         self.samples: list[Sample] = []  # drawn so far: by temperature, prompt, number
+        self._decode = decoder(tokenizer)
         self._prompts = digest([problem.prompt for problem in problems])
         self._prompt_ids = encode(problems, tokenizer)
         self._batches = _batches(len(problems), options)
@@ -145,9 +147,9 @@ class Sampler:
         prompts = [self._prompt_ids[request.prompt] for request in batch]
         torch.manual_seed(_seed(self.options.seed, temperature, number))
         stop = self.options.stop
-        stopping = {"stopping_criteria": [_HasStop(self.tokenizer, stop, max(map(len, prompts)))]} if stop else {}
+        stopping = {"stopping_criteria": [_HasStop(self._decode, stop, max(map(len, prompts)))]} if stop else {}
         completions = _complete(model, prompts, temperature, ends, **stopping)
-        completions = [_up_to_stop(tokens, stop, self.tokenizer) for tokens in completions]
+        completions = [_up_to_stop(tokens, stop, self._decode) for tokens in completions]
         nats: list[float | None] = [None] * len(batch)
         if transform is not None:
             nats = [*entropies(model, transform, prompts, completions, temperature or 1.0)]
@@ -155,7 +157,7 @@ class Sampler:
                 raise FloatingPointError(f"{self.name} gives prompt {bad[0].prompt + 1} logits that are not finite")
         samples = []
         for request, tokens, entropy in zip(batch, completions, nats, strict=True):
-            text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+            text = self._decode(tokens)
             kept = before_stop(text, stop)
             samples.append(Sample(*request, kept, len(tokens), entropy, tokens[-1] in ends or kept != text))
         return samples
@@ -216,6 +218,25 @@ def encode(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> l
             raise ValueError(f"prompt {number} is empty: there is no token to go on from")
         encoded.append(ids)
     return encoded
+
+
+def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
+    """Token ids of a completion -> its text, without special tokens.
+
+    Sentencepiece-like tokenizers take a space off the start of a text, and a completion is no start: it is decoded
+    behind a letter where the tokenizer has one that comes back as it was.
+    """
+    start: list[int] = []
+    for letter in string.ascii_letters + string.digits:
+        ids = tokenizer(letter, add_special_tokens=False)["input_ids"]
+        if ids and tokenizer.decode(ids, skip_special_tokens=True) == letter:
+            start = ids
+            break
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode([*start, *ids], skip_special_tokens=True))[1 if start else 0 :]
+
+    return decode
 
 
 def entropies(
@@ -299,8 +320,8 @@ class _HasStop(StoppingCriteria):
     Unlike the stop strings of `generate`, one that begins in the prompt does not count.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...], start: int) -> None:
-        self.tokenizer, self.stop, self.start = tokenizer, stop, start
+    def __init__(self, decode: Callable[[list[int]], str], stop: tuple[str, ...], start: int) -> None:
+        self.decode, self.stop, self.start = decode, stop, start
         self.tail = max(len(text.encode()) for text in stop) + 8  # tokens: few have less than a byte of text
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
@@ -308,22 +329,21 @@ class _HasStop(StoppingCriteria):
         return torch.tensor([self._stops(row) for row in completions.tolist()], device=input_ids.device)
 
     def _stops(self, tokens: list[int]) -> bool:
-        return _contains(tokens[-self.tail :], self.stop, self.tokenizer) and _contains(
-            tokens, self.stop, self.tokenizer
-        )
+        tail = tokens[-self.tail :]
+        return _contains(tail, self.stop, self.decode) and _contains(tokens, self.stop, self.decode)
 
 
-def _contains(tokens: list[int], stop: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> bool:
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
+def _contains(tokens: list[int], stop: tuple[str, ...], decode: Callable[[list[int]], str]) -> bool:
+    text = decode(tokens)
     return any(each in text for each in stop)
 
 
-def _up_to_stop(tokens: list[int], stop: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _up_to_stop(tokens: list[int], stop: tuple[str, ...], decode: Callable[[list[int]], str]) -> list[int]:
     """With the token that completes the first stop string, counted as an end token is; all if there is none."""
-    if not stop or not _contains(tokens, stop, tokenizer):
+    if not stop or not _contains(tokens, stop, decode):
         return tokens
     shorter = range(1, len(tokens))
-    return tokens[: 1 + bisect_left(shorter, True, key=lambda size: _contains(tokens[:size], stop, tokenizer))]
+    return tokens[: 1 + bisect_left(shorter, True, key=lambda size: _contains(tokens[:size], stop, decode))]
 
 
 def _batches(num_prompts: int, options: SamplingOptions) -> list[list[Request]]:

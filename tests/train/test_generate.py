@@ -15,6 +15,7 @@ from hdpo_train.generate import (
     Sampler,
     SamplingOptions,
     answers,
+    decoder,
     encode,
     entropies,
     files_fingerprint,
@@ -24,6 +25,7 @@ from hdpo_train.generate import (
 from hdpo_train.head import find_transform
 from hdpo_train.samples import before_stop
 from tests.train.tiny import FAMILIES, VOCAB, make_chain, make_model
+from tests.train.tokenizers_of_kinds import KINDS, tokenizers_of_kinds
 
 PROBLEMS = [Problem("a", {}), Problem("Say bcd efg:", {}), Problem("2. Say sun", {})]
 OPTIONS = SamplingOptions(num_samples=3, temperatures=(0, 0.7, 1), max_new_tokens=6, batch_size=4)
@@ -53,6 +55,16 @@ def test_sampler_at_temperature_0_takes_the_likeliest_and_gives_the_models_entro
     (sample,) = Sampler([Problem("x", {})], tokenizer, replace(OPTIONS, temperatures=(0,))).run(model)
     assert sample.completion == "baaaaa" and sample.num_tokens == 6 and not sample.ended
     assert sample.entropy == pytest.approx(entropy(0.4), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoder_keeps_the_space_that_a_completion_begins_with(kind):
+    tokenizer = tokenizers_of_kinds()[kind]
+    prompt, completion = "Question: how many eggs?", " there are 12"
+    ids, with_completion = (tokenizer(text)["input_ids"] for text in (prompt, prompt + completion))
+    if ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    assert decoder(tokenizer)(with_completion[len(ids) :]) == completion  # EOS is left out
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
