@@ -67,6 +67,18 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
+OptionGroup = argparse.ArgumentParser | argparse._ArgumentGroup
+
+
+def add_option(group: OptionGroup, name: str, text: str, **kwargs: Any) -> None:
+    """Add --name, with its default at the end of its text. kwargs: of argparse's add_argument."""
+    default = kwargs.get("default")
+    if default not in (None, [], ()):
+        shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else default
+        text += f" (default: {shown})"
+    group.add_argument(f"--{name}", help=text, **kwargs)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """ "; did you mean …?" with the nearest of the known words, or nothing where none is near."""
     near = difflib.get_close_matches(word, known, n=1)

@@ -5,26 +5,29 @@ prompts ── problems ─┬─ model ── Sampler ──> samples-<name>.js
 """
 
 import argparse
-import gc
+import functools
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from transformers.utils import logging
 
-from hdpo_train.checkers import Problem, make_checker
-from hdpo_train.command_line import Parser, check_output_dir
+from hdpo_train.command_line import Parser, add_option, check_output_dir
 from hdpo_train.eval_report import draw, drawn, markdown
-from hdpo_train.evaluate import EvalOptions, check_records, grade
+from hdpo_train.evaluate import EvalOptions, grade
 from hdpo_train.files import write_whole
-from hdpo_train.forms import written_rows
-from hdpo_train.generate import Sampler, files_fingerprint
+from hdpo_train.generate import Sampler
 from hdpo_train.lock import locked
-from hdpo_train.models import in_gguf, load_model, load_tokenizer
-from hdpo_train.records import load_records
-from hdpo_train.samples import Sample, read_samples
+from hdpo_train.models import in_gguf
+from hdpo_train.problems import (
+    add_problem_options,
+    add_sampling_options,
+    load_judged_problems,
+    make_sampler,
+    samples_of,
+)
+from hdpo_train.samples import read_samples
 from hdpo_train.scores import Evaluation, as_json
 
 RESULTS_FILE, TABLE_FILE, PLOT_FILE = "results.json", "results.md", "results.png"
@@ -42,11 +45,6 @@ with 95 % intervals.
 
 Killed, the same command goes on where it was. results.json, results.md and results.png are of the last call.
 """
-_CHECKERS = """\
-What decides whether a completion is right. gsm8k compares final numbers, choice compares letters, regex:PATTERN (or
-regex, with the pattern in the answer column) searches the completion, path/to/file.py:function or
-package.module:function is called with prompt, completion and record, and unit_tests runs the tests of a record with
-HumanEval's columns (with --run_code only)."""
 
 
 def main(argv: list[str]) -> None:
@@ -77,12 +75,7 @@ def run(options: argparse.Namespace) -> list[Evaluation]:
         raise ValueError("there is nothing to evaluate: give --model_name_or_path or --samples")
     names = _names([*models, *options.samples], options.names)
     settings, folder = _settings(options, options.num_samples), Path(options.output_dir)
-    problems = load_problems(options.prompts, prompt_column=options.prompt_column, limit=options.limit)
-    checker = make_checker(
-        options.checker, answer_column=options.answer_column, run_code=options.run_code,
-        timeout=options.checker_timeout, allow_network=options.allow_network,
-    )  # fmt: skip
-    check_records(checker, problems, options.checker)
+    problems, checker = load_judged_problems(options, options.limit)
     ready_made = []
     for path in files:
         samples = read_samples(path, problems, settings.stop)
@@ -95,11 +88,10 @@ def run(options: argparse.Namespace) -> list[Evaluation]:
     evaluations = []
     try:
         for model, name in zip(models, names, strict=False):
-            tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
-            samplers.append(Sampler(problems, tokenizer, settings.sampling, name=name))
-            samplers[-1].keep_in(folder / f"samples-{name}.jsonl", f"{files_fingerprint(model)} {options.dtype}")
+            path = folder / f"samples-{name}.jsonl"
+            samplers.append(make_sampler(model, problems, settings.sampling, path, options, name=name))
         for model, sampler in zip(models, samplers, strict=True):
-            evaluations.append(grade(sampler.name, problems, checker, _samples(model, sampler, options), settings))
+            evaluations.append(grade(sampler.name, problems, checker, samples_of(model, sampler, options), settings))
         for (samples, of_file), name in zip(ready_made, names[len(models) :], strict=True):
             evaluations.append(grade(name, problems, checker, samples, of_file))
     except KeyboardInterrupt:
@@ -110,43 +102,6 @@ def run(options: argparse.Namespace) -> list[Evaluation]:
     return evaluations
 
 
-def load_problems(name: str, *, prompt_column: str = "prompt", limit: int | None = None) -> list[Problem]:
-    """The problems of a .jsonl, .json (also .gz) or .parquet file: in the column of prompts, texts or chat messages.
-
-    limit: so many from the start. Raises FileNotFoundError, or ValueError for a file that is empty or malformed, lacks
-    the column, or has something else in it.
-    """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, got {limit}")
-    dataset = load_records(name)
-    if prompt_column not in dataset.column_names:
-        columns = ", ".join(dataset.column_names)
-        raise ValueError(f"{name} has no column {prompt_column!r}, it has {columns}: --prompt_column names the prompts")
-    problems = []
-    rows = written_rows(dataset.select(range(min(limit or len(dataset), len(dataset)))))
-    for number, record in enumerate(rows, 1):
-        prompt = record[prompt_column]
-        if not isinstance(prompt, str | list):
-            raise ValueError(f"{name}, record {number}: {prompt_column} is neither a text nor messages, but {prompt!r}")
-        problems.append(Problem(prompt, record))
-    if not problems:
-        raise ValueError(f"{name} is empty: there is no prompt in it")
-    return problems
-
-
-def _samples(model_name_or_path: str, sampler: Sampler, options: argparse.Namespace) -> list[Sample]:
-    """Drawn, or read where none is missing; the model is gone afterwards, so that there is never more than one."""
-    if not sampler.missing:
-        return sampler.samples
-    kwargs = {"dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
-    model = load_model(model_name_or_path, kwargs)
-    samples = sampler.run(model.to("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
-    del model
-    gc.collect()
-    torch.cuda.empty_cache()
-    return samples
-
-
 def _settings(options: argparse.Namespace, num_samples: int) -> EvalOptions:
     return EvalOptions(
         num_samples=num_samples,
@@ -154,15 +109,10 @@ def _settings(options: argparse.Namespace, num_samples: int) -> EvalOptions:
         max_new_tokens=options.max_new_tokens,
         batch_size=options.batch_size,
         seed=options.seed,
-        stop=tuple(map(_unescaped, options.stop)),
+        stop=tuple(options.stop),
         k=tuple(options.k or (k for k in DEFAULT_K if k <= num_samples)),
         self_bleu=not options.no_self_bleu,
     )
-
-
-def _unescaped(text: str) -> str:
-    """A stop string as a shell gives it: few people know how to write a line break there."""
-    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}[found[1]], text)
 
 
 def _names(sources: Sequence[str], given: Sequence[str]) -> list[str]:
@@ -188,13 +138,7 @@ def _parser() -> Parser:
         allow_abbrev=False,
     )
 
-    def add(name: str, text: str, **kwargs) -> None:
-        default = kwargs.get("default")
-        if default not in (None, []):
-            shown = " ".join(map(str, default)) if isinstance(default, list) else default
-            text += f" (default: {shown})"
-        parser.add_argument(f"--{name}", help=text, **kwargs)
-
+    add = functools.partial(add_option, parser)
     add(
         "model_name_or_path",
         "Models to evaluate: local folders or hub ids, or GGUF files there.",
@@ -218,29 +162,8 @@ def _parser() -> Parser:
         default=[],
         metavar="NAME",
     )
-    add(
-        "prompts",
-        "File of prompts, JSONL (also .gz) or Parquet. A prompt is a string or a list of chat messages.",
-        required=True,
-        metavar="FILE",
-    )
-    add("prompt_column", "Column that holds the prompts.", default="prompt", metavar="COLUMN")
-    add("answer_column", "Column that holds the right answers.", default="answer", metavar="COLUMN")
+    add_problem_options(parser)
     add("limit", "Evaluate the first N prompts only.", type=int, metavar="N")
-    add("checker", _CHECKERS, required=True)
-    add("run_code", "Let unit_tests run the programs that the model wrote.", action="store_true")
-    add(
-        "checker_timeout",
-        "What a checker may take for one completion; beyond that the completion is wrong.",
-        type=float,
-        default=10.0,
-        metavar="SECONDS",
-    )
-    add(
-        "allow_network",
-        "Run unit tests even if this kernel cannot isolate them from the network.",
-        action="store_true",
-    )
     add("output_dir", "Folder for samples and results.", required=True, metavar="FOLDER")
     add("num_samples", "Samples of each prompt at each temperature.", type=int, default=16, metavar="N")
     add(
@@ -258,20 +181,7 @@ def _parser() -> Parser:
         nargs="+",
         metavar="K",
     )
-    add("max_new_tokens", "Most tokens of a completion.", type=int, default=256, metavar="N")
-    add(
-        "stop",
-        r"Strings that end a completion: it is cut before the first of them. \n is a line break, \t a tab. Ready-made "
-        "samples are cut too, and then have no entropy.",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="TEXT",
-    )
-    add("batch_size", "Sequences that are generated at a time.", type=int, default=64, metavar="N")
     add("seed", "Seed of the samples and of the intervals.", type=int, default=0, metavar="N")
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    add("dtype", "Data type of the weights; auto: the one they were saved in.", choices=dtypes, default="auto")
+    add_sampling_options(parser, "Ready-made samples are cut too, and then have no entropy.")
     add("no_self_bleu", "Leave out self-BLEU, which needs the package sacrebleu.", action="store_true")
-    add("trust_remote_code", "Run Python code that comes with a model.", action="store_true")
     return parser

@@ -29,16 +29,17 @@ from transformers import PrinterCallback
 from transformers.utils import logging
 
 from hdpo_train import quickstart, sweep_report
-from hdpo_train.checkers import Checker, Problem, make_checker
+from hdpo_train.checkers import Checker, Problem
 from hdpo_train.command_line import Parser, UsageError, check_output_dir
 from hdpo_train.config import HDPOConfig, ScriptArguments
 from hdpo_train.data import tokenize_pairs
-from hdpo_train.eval_cli import DEFAULT_K, load_problems
-from hdpo_train.evaluate import EvalOptions, check_records, evaluate
+from hdpo_train.eval_cli import DEFAULT_K
+from hdpo_train.evaluate import EvalOptions, evaluate
 from hdpo_train.files import contents_digest, write_whole
 from hdpo_train.lock import LOCK_FILE, locked
 from hdpo_train.models import in_gguf, load_model, load_tokenizer
 from hdpo_train.options import TrainingParser, parse_options, with_file
+from hdpo_train.problems import add_problem_options, load_judged_problems, load_problems
 from hdpo_train.scores import Evaluation
 from hdpo_train.sweep_report import Sweep
 
@@ -389,12 +390,7 @@ def main(argv: list[str]) -> None:
                 "a model of your own needs --model_name_or_path, --dataset_name, --prompts and --checker, and no "
                 "--sft_per_seed; without all of these the built-in task is taken"
             )
-        checker = make_checker(
-            options.checker, answer_column=options.answer_column, run_code=options.run_code,
-            timeout=options.checker_timeout, allow_network=options.allow_network,
-        )  # fmt: skip
-        problems = load_problems(options.prompts, prompt_column=options.prompt_column)
-        check_records(checker, problems, options.checker)
+        problems, checker = load_judged_problems(options)
         _check_pairs(model, options.dataset_name, training)
         source, max_new_tokens, batch_size = OwnModel(*own, checker, problems), 256, 64
     else:
@@ -451,14 +447,14 @@ def _parser() -> Parser:
         type=alphas,
         default=ALPHAS,
         metavar="α,α…",
-        help=f"Values of alpha; 1 is always one of them [{','.join(map(str, ALPHAS))}]",
+        help=f"Values of alpha; 1 is always one of them (default: {','.join(map(str, ALPHAS))})",
     )
-    add("--seeds", type=int, default=3, metavar="N", help="Runs of every α, with the seeds 0 … N − 1 [3]")
+    add("--seeds", type=int, default=3, metavar="N", help="Runs of every α, with the seeds 0 … N − 1 (default: 3)")
     add(
         "--output_dir",
         default="sweep",
         metavar="FOLDER",
-        help="Folder of the sweep; if it holds one, that goes on [sweep]",
+        help="Folder of the sweep; if it holds one, that goes on (default: sweep)",
     )
     add("--sft_per_seed", action="store_true", help="Of the built-in task: make an SFT model and pairs for every seed")
     group = parser.add_argument_group("a model of your own")
@@ -468,40 +464,26 @@ def _parser() -> Parser:
     )
     add("--gguf_file", metavar="FILE", help="GGUF file in that folder or repository")
     add("--dataset_name", metavar="PAIRS", help="Preference pairs: a JSONL or Parquet file, or a hub id")
-    add(
-        "--prompts",
-        metavar="FILE",
-        help="Prompts to evaluate on: JSONL with a column prompt, and what the checker needs",
-    )
-    add(
-        "--checker",
-        metavar="SPEC",
-        help="What decides whether a completion is right: see hdpo-train eval --help",
-    )
-    add("--prompt_column", default="prompt", metavar="COLUMN", help="Column that holds the prompts [prompt]")
-    add("--answer_column", default="answer", metavar="COLUMN", help="Column that holds the right answers [answer]")
-    add("--run_code", action="store_true", help="Let unit_tests run the programs that the model wrote")
-    add("--checker_timeout", type=float, default=10.0, metavar="SECONDS",
-        help="What a checker may take for one completion, which is wrong beyond that [10]")  # fmt: skip
-    add(
-        "--allow_network",
-        action="store_true",
-        help="Run unit tests even if this kernel cannot isolate them from the network",
-    )
+    add_problem_options(group, required=False)
     group = parser.add_argument_group("evaluation of every run: greedy, and samples at temperature 1")
     add = group.add_argument
-    add("--num_samples", type=int, default=16, metavar="N", help="Samples of every prompt [16]")
-    add("--k", type=int, nargs="+", metavar="K", help="Values of k for pass@k [1 4 8, up to num_samples]")
+    add("--num_samples", type=int, default=16, metavar="N", help="Samples of every prompt (default: 16)")
+    add("--k", type=int, nargs="+", metavar="K", help="Values of k for pass@k (default: 1 4 8, up to num_samples)")
     default = " ".join(map(str, TEMPERATURES))
-    text = f"Temperatures of the baseline, the α = 1 models; 1 is always one of them [{default}]"
+    text = f"Temperatures of the baseline, the α = 1 models; 1 is always one of them (default: {default})"
     add("--temperatures", type=float, nargs="+", default=TEMPERATURES, metavar="T", help=text)
     add(
         "--max_new_tokens",
         type=int,
         metavar="N",
-        help="Most tokens of a sample [256; built-in task: what an answer needs]",
+        help="Most tokens of a sample (default: 256; built-in task: what an answer needs)",
     )
-    add("--batch_size", type=int, metavar="N", help="Samples that are drawn at a time [64; built-in task: 1024]")
+    add(
+        "--batch_size",
+        type=int,
+        metavar="N",
+        help="Samples that are drawn at a time (default: 64; built-in task: 1024)",
+    )
     add("--self_bleu", action="store_true", help="Measure self-BLEU too, which is slow and needs the package sacrebleu")
     return parser
 

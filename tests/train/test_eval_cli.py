@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hdpo_train import eval_cli
+from hdpo_train import problems
 from hdpo_train.__main__ import main
 from hdpo_train.generate import Sampler
 from hdpo_train.scores import from_json
@@ -70,7 +70,7 @@ def test_eval_of_two_models_leaves_samples_results_table_and_plots(models, folde
     assert (out / "results.png").read_bytes().startswith(b"\x89PNG")
 
     # complete: no model is loaded, for another checker neither
-    monkeypatch.setattr(eval_cli, "load_model", lambda *_: pytest.fail("loaded a model"))
+    monkeypatch.setattr(problems, "load_model", lambda *_: pytest.fail("loaded a model"))
     main(argv)
     assert results(folder) == first
     main([*argv, "--checker", "regex:.", "--k", "2"])
@@ -83,8 +83,8 @@ def test_eval_goes_on_and_loads_only_what_is_missing(models, folder, monkeypatch
     first, path = results(folder), folder / "out" / "samples-after.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    loaded, load = [], eval_cli.load_model
-    monkeypatch.setattr(eval_cli, "load_model", lambda name, kwargs: loaded.append(name) or load(name, kwargs))
+    loaded, load = [], problems.load_model
+    monkeypatch.setattr(problems, "load_model", lambda name, kwargs: loaded.append(name) or load(name, kwargs))
     main(argv)
     assert loaded == [str(models / "after")] and path.read_bytes() == whole and results(folder) == first
 

@@ -138,7 +138,7 @@ def test_eval_of_a_gguf_file_goes_on_with_its_samples(folder, tmp_path, monkeypa
     given = ["--model_name_or_path", str(folder / "tiny.gguf"), "--no_self_bleu", "--output_dir", str(tmp_path)]
     main(["eval", *given, *judged(folder)])
     drawn = (tmp_path / "samples-tiny.gguf.jsonl").read_text()
-    monkeypatch.setattr("hdpo_train.eval_cli.load_model", None)  # the same file: nothing is drawn again
+    monkeypatch.setattr("hdpo_train.problems.load_model", None)  # the same file: nothing is drawn again
     main(["eval", *given, *judged(folder)])
     assert (tmp_path / "samples-tiny.gguf.jsonl").read_text() == drawn
 
