@@ -232,6 +232,12 @@ class HDPOConfig(TrainingArguments):
             )
 
     @property
+    def device(self) -> torch.device:
+        """That of this process. A rank on a CPU has no number: resuming loads to it, and torch knows no "cpu:0"."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+    @property
     def pair_options(self) -> PairOptions:
         return PairOptions(**{each.name: getattr(self, each.name) for each in fields(PairOptions)})
 

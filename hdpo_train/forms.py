@@ -31,14 +31,15 @@ def as_written(value: Any, feature: Any) -> Any:
     """A value of a data set without what Arrow has put into it: the keys, as None, that only other records have.
 
     A null that was written on purpose cannot be told from those, and goes with them, unless the feature is Json. Items
-    of a list, and columns, stay as they are.
+    of a list, and columns, stay as they are; so does the content of a message, which calls of tools have as null.
     """
     if value is None:
         return None
     if isinstance(feature, Json):
         return json.loads(value)
     if isinstance(feature, dict):
-        return {key: as_written(part, feature[key]) for key, part in value.items() if part is not None}
+        kept = ("content",) if "role" in value else ()
+        return {k: as_written(part, feature[k]) for k, part in value.items() if part is not None or k in kept}
     if isinstance(feature, List | LargeList):
         return [as_written(part, feature.feature) for part in value]
     return value

@@ -70,10 +70,10 @@ def test_contestants_that_run_on_the_cpu_are_right(name, masked):
     table = Table("cpu")
     loss.measure(table, TINY._replace(masked=masked), list(dict.fromkeys([contestant, *GOOD])), rounds=1)
     statuses = {row["status"] for row in table.rows if row["contestant"] == name}
-    assert statuses <= {"", "needs a C++ compiler"}
+    assert statuses <= {"", "needs a C++ compiler", "needs torch 2.13"}
 
 
 def test_obstacle_softcap():
     problem = make_problem(TINY._replace(head=Head(32, 500, 30.0)), "cpu")
     obstacles = {contestant.name: contestant.obstacle(problem) for contestant in CONTESTANTS}
-    assert obstacles[OURS] == "" and obstacles["torch"] == "no softcap"
+    assert obstacles[OURS] == "" and obstacles["torch"] in ("no softcap", "needs torch 2.13")

