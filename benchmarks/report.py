@@ -8,12 +8,15 @@ from typing import NamedTuple
 from benchmarks import growth, longest, plots, sampled, train_step
 from benchmarks.contest import OUR_RATIO
 from benchmarks.contestants import CONTESTANTS, NAIVE, OURS, rank
+from benchmarks.real import report as real
 from benchmarks.table import RESULTS, Row, natural, read
 
 ROOT = Path(__file__).parent.parent
+NOTES = Path(__file__).parent / "NOTES.md"
 SECTIONS = ("benchmarks", "sampled")
 STUDY = Path(__file__).parent / "study"
-READMES = (ROOT / "README.md", ROOT / "hdpo_kernels" / "README.md")
+READMES = (ROOT / "README.md", ROOT / "hdpo_kernels" / "README.md", NOTES)
+REAL = {"real": real.short, "real-long": real.long, "real-sampled": real.sampled}
 
 
 class Pivot(NamedTuple):
@@ -193,8 +196,8 @@ def study(folder: Path = STUDY) -> str:
 
 
 def filled_in(text: str) -> str:
-    """The text with what stands between markers written anew: a section of all devices, the studies of α, or
-    results/<name>.md."""
+    """The text with what stands between markers written anew: a section of all devices, the studies of α, what
+    a real model shows, or results/<name>.md."""
 
     def content(marked: re.Match[str]) -> str:
         begin, name, end = marked.groups()
@@ -203,6 +206,8 @@ def filled_in(text: str) -> str:
             new = section(name)
         elif name == "study":
             new = study()
+        elif name in REAL:
+            new = REAL[name](read(RESULTS / "real.csv"))
         else:
             new = file.read_text(encoding="utf-8").strip()
         return f"{begin}\n{new}\n{end}"

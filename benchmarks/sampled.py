@@ -123,14 +123,14 @@ def _count_entries(table: Table, shape: Shape, problem: Problem, exponents: Sequ
     p = logp.exp_()
     for e in exponents:
         bound = most_entries(2.0**e)
-        filtered = _filtered(p, problem.labels, 2.0**e).count_nonzero(1)
-        for name, counts in ((SAMPLED, _sampled_counts(problem, 2.0**e)), (FILTERED, filtered)):
+        filtered = filtered_counts(p, problem.labels, 2.0**e)
+        for name, counts in ((SAMPLED, sampled_counts(problem, 2.0**e)), (FILTERED, filtered)):
             add(name.format(e), "entries per row", (counts.double().mean().item(),), "")
             add(name.format(e), "most entries of a row", (counts.max().item(),), "")
         add(SAMPLED.format(e), "bound on entries of a row", (bound,), "")
 
 
-def _sampled_counts(problem: Problem, epsilon: float) -> Tensor:
+def sampled_counts(problem: Problem, epsilon: float) -> Tensor:
     """(N,) entries of the sampled rows."""
     hidden, weight = problem.hidden, problem.weight
     torch.manual_seed(0)
@@ -139,6 +139,11 @@ def _sampled_counts(problem: Problem, epsilon: float) -> Tensor:
         hidden, weight, None, problem.labels, draws, epsilon, problem.softcap, 1.0, None, hidden.dtype
     )
     return counts
+
+
+def filtered_counts(p: Tensor, labels: Tensor, epsilon: float) -> Tensor:
+    """(N,) entries of the rows that filtering leaves. p: (N, V) probabilities."""
+    return _filtered(p, labels, epsilon).count_nonzero(1)
 
 
 def filtered_logp(problem: Problem, *, epsilon: float) -> Tensor:

@@ -90,7 +90,7 @@ def make_problem(shape: Shape, device: str) -> Problem:
     if shape.masked:
         for start, length in zip(inputs.cu_seqlens[:-1], shape.lengths, strict=True):
             inputs.labels[start : start + length // 2] = IGNORE_INDEX
-    return _with_reference(*inputs[:4], head.softcap)
+    return with_reference(*inputs[:4], head.softcap)
 
 
 def _quickstart_problem(sft_steps: int, dtype: torch.dtype, device: str) -> Problem:
@@ -123,10 +123,10 @@ def _quickstart_problem(sft_steps: int, dtype: torch.dtype, device: str) -> Prob
         states = backbone(**batch).last_hidden_state  # each is what predicts the next token
     hidden, weight = states[:, :-1][answered[:, 1:]], model.lm_head.weight.detach()
     cu_seqlens = [0, *itertools.accumulate(answered.sum(1).tolist())]
-    return _with_reference(hidden.to(device, dtype), weight.to(device, dtype), ids[answered].to(device), cu_seqlens)
+    return with_reference(hidden.to(device, dtype), weight.to(device, dtype), ids[answered].to(device), cu_seqlens)
 
 
-def _with_reference(
+def with_reference(
     hidden: Tensor, weight: Tensor, labels: Tensor, cu_seqlens: list[int], softcap: float | None = None
 ) -> Problem:
     """The problem whose reference is near the policy: a saturated loss has no gradient."""
