@@ -162,7 +162,7 @@ def buffers_for(
     """Rows of a piece, of a tile of logits, and (rows, dtype) of each buffer of V numbers a row."""
     full, chunk_bytes = full_precision(dtype), chunk_bytes or _default_chunk_bytes(device, vocab)
     grad_bytes = dtype.itemsize if with_grad else None
-    piece_rows, tile_rows = rows_for(chunk_bytes, _pitch(vocab, device), full.itemsize, grad_bytes)
+    piece_rows, tile_rows = rows_for(chunk_bytes, pitch(vocab, device), full.itemsize, grad_bytes)
     tables = [(min(tile_rows, num_rows), full)]
     if with_grad and dtype != full:
         tables.append((min(piece_rows, num_rows), dtype))
@@ -228,8 +228,8 @@ def _buffers(device: torch.device, vocab: int, *tables: tuple[int, torch.dtype])
     A CPU's system zeroes pages at their first touch and takes large blocks back when they are freed: together up to a
     third of the GEMM that writes the logits. CUDA's allocator keeps its blocks by itself.
     """
-    pitch = _pitch(vocab, device)
-    sizes = [-(-rows * pitch * dtype.itemsize // 512) * 512 for rows, dtype in tables]  # rows aligned as GEMMs like it
+    step = pitch(vocab, device)
+    sizes = [-(-rows * step * dtype.itemsize // 512) * 512 for rows, dtype in tables]  # rows aligned as GEMMs like it
     memory = getattr(_kept, "memory", None) if device.type == "cpu" else None
     if memory is None or memory.numel() < sum(sizes):
         memory = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
@@ -239,12 +239,12 @@ def _buffers(device: torch.device, vocab: int, *tables: tuple[int, torch.dtype])
         memory.fill_(255)  # NaN in every floating dtype, as in fresh memory then
     starts = [0, *itertools.accumulate(sizes)]
     return [
-        memory.view(dtype).as_strided((rows, vocab), (pitch, 1), start // dtype.itemsize)
+        memory.view(dtype).as_strided((rows, vocab), (step, 1), start // dtype.itemsize)
         for start, (rows, dtype) in zip(starts, tables, strict=False)
     ]
 
 
-def _pitch(vocab: int, device: torch.device) -> int:
+def pitch(vocab: int, device: torch.device) -> int:
     """Numbers from one row of a buffer to the next. Rows of an odd vocabulary, aligned to 2 bytes, would halve cuBLAS'
     speed.
     """

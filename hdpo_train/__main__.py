@@ -183,7 +183,7 @@ def load_data(script: ScriptArguments, args: HDPOConfig) -> tuple[Dataset, Datas
 
 def plan(script: ScriptArguments, args: HDPOConfig) -> None:
     """Print what a run with these options needs."""
-    from hdpo_train.plan import describe, make_plan
+    from hdpo_train.plan import print_plan
 
     if script.model_name_or_path is None:
         raise ValueError("a plan needs --model_name_or_path; of the model only its config is read")
@@ -201,7 +201,7 @@ def plan(script: ScriptArguments, args: HDPOConfig) -> None:
         return add_adapter(model, _lora(script)) if script.use_peft else model
 
     try:
-        print(describe(make_plan(config, args, build), args))
+        print_plan(config, args, build, lambda text: print(f"({text})", file=sys.stderr))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; a plan leaves nothing behind and starts from the beginning") from None
 

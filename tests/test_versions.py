@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 NEEDED = (
     "torch", "triton", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "matplotlib", "pyyaml",
-    "peft", "sacrebleu",
+    "psutil", "peft", "sacrebleu",
 )  # fmt: skip
 
 
