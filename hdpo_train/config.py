@@ -124,11 +124,11 @@ class HDPOConfig(TrainingArguments):
             "(sdpa, eager, flex_attention). True: stop if it cannot. False: never."
         },
     )
-    tiled_mlp: bool = field(
-        default=False,
+    tiled_layers: bool | None = field(
+        default=None,
         metadata={
-            "help": "Run MLPs on 4,096 tokens at a time, and again in backward: less memory for long sequences, for "
-            "more time."
+            "help": "Run MLPs on 4,096 tokens at a time, and layers whose activations are checkpointed on one sequence "
+            "after the other: less memory for long sequences, for a little more time. Default: no."
         },
     )
     max_tokens_per_batch: int | None = field(

@@ -30,7 +30,7 @@ from hdpo_train.ledger import HOST, Ledger, Segment, on_device
 from hdpo_train.models import backbone_of, disable_dropout
 from hdpo_train.packing import Layout, lay_out, use_layout
 from hdpo_train.reference import model_inputs
-from hdpo_train.tiles import tile_mlps
+from hdpo_train.tiles import tile_checkpoints, tile_mlps
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "head", "other")
 _NUMBERS = re.compile("idx|index|layer_id|layer_number")  # names of attributes in which layers that are alike differ
@@ -259,8 +259,9 @@ def prepare(model: Any, args: HDPOConfig, layout: Layout, ledger: Ledger | None 
     if args.disable_dropout:
         disable_dropout(model)
     use_layout(bare(model), layout)
-    if args.tiled_mlp:
+    if args.tiled_layers:
         tile_mlps(bare(model))
+        tile_checkpoints(bare(model))
     # a softcap or scale costs nothing here, and finding it needs numbers
     attach_loss(bare(model), HeadTransform(None, 1.0))
     model.train()

@@ -28,6 +28,7 @@ from hdpo_train.models import backbone_of, evaluating, max_positions
 
 logger = logging.get_logger(__name__)
 _TWENTY_TOKENS = [(4, 3, 3), (4, 3, 3)]  # of the probe: prompt, chosen and rejected of two pairs
+VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _WINDOW = re.compile("window|local|chunk")  # in the names of options for attention that does not look back all the way
 
 
@@ -117,7 +118,7 @@ def backbone_inputs(model: PreTrainedModel, places: Places) -> dict[str, Any]:
     config = model.config.get_text_config()
     position_ids, documents = places
     if _is_flash(config):
-        return {"position_ids": position_ids, "attention_mask": None, **_varlen(documents, position_ids.device)}
+        return {"position_ids": position_ids, "attention_mask": None, **varlen(documents, position_ids.device)}
     if attends_by_documents(config):
         masks: dict[str, Any] = {kind: Documents(documents, window) for kind, window in _windows(config).items()}
     elif config._attn_implementation == "flex_attention":
@@ -128,13 +129,14 @@ def backbone_inputs(model: PreTrainedModel, places: Places) -> dict[str, Any]:
     return {"position_ids": position_ids, "attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
 
 
-def _varlen(documents: list[tuple[int, ...]], device: torch.device) -> dict[str, Any]:
+def varlen(documents: list[tuple[int, ...]], device: torch.device) -> dict[str, Any]:
+    """Keywords of FlashAttention's varlen interface; the boundaries have the documents with them, on the host."""
     lengths = [length for (length,) in documents]
     (boundaries,) = to_device([torch.tensor([0, *accumulate(lengths)], device="cpu")], device)
     boundaries = boundaries.int()
+    boundaries.documents = documents  # type: ignore[attr-defined]
     longest = max(lengths)
-    varlen = {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries, "max_length_q": longest}
-    return {**varlen, "max_length_k": longest}
+    return dict(zip(VARLEN, (boundaries, boundaries, longest, longest), strict=True))
 
 
 def _flex_mask(places: Places, window: int | None) -> Any:

@@ -28,7 +28,7 @@ _TRAINING = (
     "data_seed", "bf16", "fp16", "neftune_noise_alpha",
 )  # fmt: skip
 _OF_SPEED = (
-    "packing", "shared_prompt", "tiled_mlp", "chunk_bytes", "dataset_num_proc", "precompute_ref_batch_size",
+    "packing", "shared_prompt", "tiled_layers", "chunk_bytes", "dataset_num_proc", "precompute_ref_batch_size",
     "ref_cache_dir", "overwrite_output_dir", "model_init_kwargs",
 )  # fmt: skip
 # of these a run's length is made

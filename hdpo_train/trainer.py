@@ -42,7 +42,7 @@ from hdpo_train.resuming import ResumableTrainer
 from hdpo_train.sampler import TokenBudgetSampler
 from hdpo_train.sigterm import StopAtSigterm
 from hdpo_train.start import check_lengths, margins_before_training, sequence_lengths, with_checked_reference
-from hdpo_train.tiles import tile_mlps
+from hdpo_train.tiles import tile_checkpoints, tile_mlps
 
 logger = logging.get_logger(__name__)
 
@@ -163,7 +163,7 @@ class HDPOTrainer(ResumableTrainer):
                 each.to(args.device)
             with gathered(each):
                 attach_loss(bare(each))
-                if args.tiled_mlp:
+                if args.tiled_layers:
                     tile_mlps(bare(each))
         with contextlib.ExitStack() as stack:
             for each in models:
@@ -249,6 +249,8 @@ class HDPOTrainer(ResumableTrainer):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._trained.clear()  # auto_find_batch_size comes here again for each try
+        if self.args.tiled_layers:
+            tile_checkpoints(self.model)  # type: ignore[arg-type]
         return super()._inner_training_loop(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,5 +1,6 @@
 """Fixtures of the trainer's tests: a tiny tokenizer, model and records, and a config for short runs."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,10 @@ def config(tmp_path: Path):
         return HDPOConfig(**{**defaults, **options})
 
     return make
+
+
+@pytest.fixture
+def library_log(caplog):
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    yield caplog
+    logging.getLogger("transformers").removeHandler(caplog.handler)

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, TrainerCallback
 
-from hdpo_train import HDPOConfig, HDPOTrainer
+from hdpo_train import HDPOConfig, HDPOTrainer, tiles
 from hdpo_train.__main__ import main
 from hdpo_train.data import PairCollator, tokenize_pairs
 from hdpo_train.head import attach_loss, bare
@@ -25,6 +25,7 @@ from hdpo_train.reference import model_inputs
 from tests.train.tiny import make_model, make_records
 
 PAIRS_PER_STEP = 8
+REENTRANT = {"gradient_checkpointing_kwargs": {"use_reentrant": True}}  # the one that DDP can stumble over
 # name: pairs to train on, gradient accumulation of the ranks (one process: none), options
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "even": (16, 1, {"num_train_epochs": 2}),
@@ -33,6 +34,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "fewer pairs than ranks": (3, 1, {"num_train_epochs": 2}),
     "drop_last": (13, 1, {"num_train_epochs": 1, "dataloader_drop_last": True}),
     "adapter": (16, 1, {"num_train_epochs": 2}),
+    "tiles": (16, 1, {"num_train_epochs": 1, "tiled_layers": True, "gradient_checkpointing": True, **REENTRANT}),
     "sampled": (16, 1, {"num_train_epochs": 2, "gradient": "sampled", "epsilon": 2**-4}),
     "target_entropy": (16, 1, {"num_train_epochs": 2, "target_entropy": "0.9", "entropy_prompts": 6}),
 }
@@ -154,7 +156,12 @@ def fsdp(folder: Path) -> None:
     options = yaml.safe_load((Path(__file__).parents[2] / "configs" / "fsdp2.yaml").read_text())["fsdp_config"]
     os.environ.update({key.upper(): str(value) for key, value in options.items()}, ACCELERATE_USE_FSDP="true")
     ranks = int(os.environ["WORLD_SIZE"])
-    runs = (("odd last batch", "fp32", {}), ("even", "bf16", {"bf16": True}), ("adapter", "adapter", {}))
+    runs = (
+        ("odd last batch", "fp32", {}),
+        ("even", "bf16", {"bf16": True}),
+        ("adapter", "adapter", {}),
+        ("tiles", "tiles", {}),
+    )
     for case, name, options in runs:
         AcceleratorState._reset_state()
         trainer, steps = train(folder, case, ranks, **options)
@@ -202,6 +209,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "zero3":
         zero3(*sys.argv[2:])  # which ends its group itself
     else:
+        tiles.TILE = 20  # so that sequences are in tiles here, and whole in the one process that is compared
         for mode in sys.argv[2:]:
             {"ddp": ddp, "fsdp": fsdp}[mode](Path(sys.argv[1]) / mode)
         dist.barrier()

@@ -114,7 +114,7 @@ def test_ddp_steers_all_ranks_alike(ddp, one):
         assert line["entropy/policy"] == pytest.approx(other["entropy/policy"], rel=0.05)
 
 
-@pytest.mark.parametrize(("name", "case"), [("fp32", "odd last batch"), ("adapter", "adapter")])
+@pytest.mark.parametrize(("name", "case"), [("fp32", "odd last batch"), ("adapter", "adapter"), ("tiles", "tiles")])
 def test_fsdp_takes_the_steps_of_one_process(name, case, fsdp, one):
     steps, logps = torch.load(fsdp / f"{name}.pt")
     folder, results = one

@@ -1,6 +1,5 @@
 """Packed batches and shared prompts: the same loss and gradients as padded batches, or a refusal; the token budget."""
 
-import logging
 import os
 import random
 import subprocess
@@ -243,13 +242,6 @@ def recurrent(kind):
     }
     torch.manual_seed(0)
     return Auto.from_config(configs[kind]()).eval()
-
-
-@pytest.fixture
-def library_log(caplog):
-    logging.getLogger("transformers").addHandler(caplog.handler)
-    yield caplog
-    logging.getLogger("transformers").removeHandler(caplog.handler)
 
 
 def varlen(module, query, key, value, attention_mask, cu_seq_lens_q=None, max_length_q=None, scaling=None, **kwargs):
