@@ -45,6 +45,8 @@ Trains a causal language model on preference pairs with H-DPO: DPO with control 
   hdpo-train sweep --alpha 0.8,0.9,1.1 --seeds 3      several α and seeds, each evaluated, and one report (sweep --help)
   hdpo-train plan …                                   the same options: what memory and time a step will need; of the
                                                       model only its config is read, and no data
+  hdpo-train pairs …                                  preference pairs of a model's own answers to a file of
+                                                      prompts, judged by a program (hdpo-train pairs --help)
   hdpo-train eval …                                   accuracy, pass@k, diversity and entropy of models on a file of
                                                       prompts (hdpo-train eval --help)
 
@@ -58,6 +60,7 @@ no data.
   hdpo-train plan --model_name_or_path MODEL --max_length 2048 --per_device_train_batch_size 4
 """
 _COMMANDS_OF_THEIR_OWN = {  # each module has main(argv)
+    "pairs": "hdpo_train.pairs_cli",
     "eval": "hdpo_train.eval_cli",
     "sweep": "hdpo_train.sweep",
     "quickstart": "hdpo_train.quickstart",

@@ -67,7 +67,14 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-OptionGroup = argparse.ArgumentParser | argparse._ArgumentGroup
+class WideHelp(argparse.RawDescriptionHelpFormatter):
+    """A description as it is written, and texts of options beside long names."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=118)
+
+
+OptionGroup = argparse.ArgumentParser | argparse._ArgumentGroup  # of which a mutually exclusive group is one
 
 
 def add_option(group: OptionGroup, name: str, text: str, **kwargs: Any) -> None:
@@ -85,14 +92,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def check_output_dir(name: str) -> Path:
+def check_output_dir(name: str, option: str = "--output_dir") -> Path:
     """The folder, which need not exist. Raises ValueError or OSError if nothing can be written there."""
     folder = Path(name)
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
-        raise NotADirectoryError(f"--output_dir {folder}: {nearest} is a file, not a folder; choose another name")
+        raise NotADirectoryError(f"{option} {folder}: {nearest} is a file, not a folder; choose another name")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise PermissionError(f"--output_dir {folder}: you may not write to {nearest}; choose another folder")
+        raise PermissionError(f"{option} {folder}: you may not write to {nearest}; choose another folder")
     return folder
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from hdpo_train.command_line import Parser, add_option, check_output_dir
+from hdpo_train.command_line import Parser, WideHelp, add_option, check_output_dir
 from hdpo_train.eval_report import draw, drawn, markdown
 from hdpo_train.evaluate import EvalOptions, grade
 from hdpo_train.files import write_whole
@@ -134,7 +134,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="hdpo-train eval",
         description=_DESCRIPTION,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=118),
+        formatter_class=WideHelp,
         allow_abbrev=False,
     )
 

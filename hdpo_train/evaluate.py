@@ -1,6 +1,6 @@
 """A model on prompts whose answers a program checks: samples, judged and scored."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,16 +87,12 @@ def grade(
         for temperature, groups in by_temperature.items():
             right = []
             for number, (problem, group) in enumerate(zip(problems, groups, strict=True), 1):
-                different = dict.fromkeys(sample.completion for sample in group)  # each is judged once
-                verdicts: dict[str, bool] = {}
-                for completion in different:
-                    try:
-                        verdicts[completion] = judge(checker, problem, completion, number)
-                    except Fault as fault:
-                        verdicts[completion] = False
-                        same = sum(sample.completion == completion for sample in group)
-                        faults.setdefault(fault.kind, []).extend([number] * same)
-                right.append([verdicts[sample.completion] for sample in group])
+                judged = verdicts(checker, problem, [sample.completion for sample in group], number)
+                of_group = [judged[sample.completion] for sample in group]
+                for verdict in of_group:
+                    if isinstance(verdict, Fault):
+                        faults.setdefault(verdict.kind, []).append(number)
+                right.append([verdict is True for verdict in of_group])
                 progress.update(len(group))
             known = all(sample.entropy is not None and sample.num_tokens for group in groups for sample in group)
             scores[temperature] = score(
@@ -147,6 +143,17 @@ def check_records(checker: Checker, problems: Sequence[Problem], spec: str) -> N
         f"prompt 1: {faults[0]}, and the same on each of {len(tries)} completions that were tried: an empty one, a "
         "sentence, texts of the record. A checker returns False for a completion that it cannot read"
     )
+
+
+def verdicts(checker: Checker, problem: Problem, completions: Iterable[str], number: int) -> dict[str, bool | Fault]:
+    """Of each different completion, judged once: is it right? Or the Fault that took the verdict's place."""
+    found: dict[str, bool | Fault] = {}
+    for completion in dict.fromkeys(completions):
+        try:
+            found[completion] = judge(checker, problem, completion, number)
+        except Fault as fault:
+            found[completion] = fault
+    return found
 
 
 def judge(checker: Checker, problem: Problem, completion: str, number: int) -> bool:

@@ -31,13 +31,15 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_held.clear)  # the lock is the parent's
 
 
-def lock(folder: str | Path) -> None:
+def lock(folder: str | Path, file: str = "") -> None:
     """Take the folder for this process, until `unlock` or the end of the process; again: nothing happens.
+
+    file: take this one of its files only, and leave the others, and the folder, to other processes.
 
     Raises FileExistsError, naming the process that has it, if that is another one. Where the platform or the file
     system has no locks, one warning says so.
     """
-    path = Path(folder).resolve() / LOCK_FILE
+    path = _lock_path(folder, file)
     if path in _held:
         return
     if not path.parent.exists():
@@ -55,8 +57,8 @@ def lock(folder: str | Path) -> None:
             os.close(descriptor)
             if error.errno in _TAKEN:
                 raise FileExistsError(
-                    f"{folder} is in use by another process ({holder or 'it has not said which'}): wait until that has "
-                    "ended, or choose another output_dir"
+                    f"{Path(folder) / file} is in use by another process ({holder or 'it has not said which'}): wait "
+                    f"until that has ended, or choose another {'output' if file else 'output_dir'}"
                 ) from None
             if error.errno in _NO_LOCKS:
                 logger.warning(
@@ -73,22 +75,26 @@ def lock(folder: str | Path) -> None:
     os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n".encode())
 
 
-def unlock(folder: str | Path) -> None:
-    """Let other processes have the folder; nothing happens if this one does not hold it.
+def unlock(folder: str | Path, file: str = "") -> None:
+    """Let other processes have the folder, or its file; nothing happens if this one does not hold it.
 
     A folder that `lock` has made and nothing was written to goes too: a run that is refused leaves nothing.
     """
-    _release(Path(folder).resolve() / LOCK_FILE)
+    _release(_lock_path(folder, file))
 
 
 @contextlib.contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
+def locked(folder: str | Path, file: str = "") -> Iterator[None]:
     """`lock`, then `unlock`."""
-    lock(folder)
+    lock(folder, file)
     try:
         yield
     finally:
-        unlock(folder)
+        unlock(folder, file)
+
+
+def _lock_path(folder: str | Path, file: str) -> Path:
+    return Path(folder).resolve() / (f"{LOCK_FILE}-{file}" if file else LOCK_FILE)
 
 
 def _release(path: Path) -> None:

@@ -61,7 +61,10 @@ def margins_before_training(dataset: Dataset, options: PairOptions) -> tuple[Ten
     if abs(mean) > _LARGE_MARGIN and options.loss_type != "ipo":
         chosen, rejected = lengths.view(-1, 2).mean(0).tolist()
         other = initial_margins(ref_logps, lengths, replace(options, alpha_level="token")).mean().item()
-        instead = f"alpha_level=token, where the margin is {other:+.2f}; pairs of equal length; "
+        instead = (
+            f"alpha_level=token, where the margin is {other:+.2f}; pairs of equal length (hdpo-train pairs "
+            "--match_lengths); "
+        )
         warnings.append(
             f"the margin before training is {mean:+.2f} on average, where DPO starts at 0: the reference's log-probs "
             f"of chosen and rejected ({chosen:.1f} and {rejected:.1f} tokens on average) differ, and alpha = "

@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from hdpo_train import quickstart, sweep_report
 from hdpo_train.checkers import Checker, Problem
-from hdpo_train.command_line import Parser, UsageError, check_output_dir
+from hdpo_train.command_line import Parser, UsageError, WideHelp, check_output_dir
 from hdpo_train.config import HDPOConfig, ScriptArguments
 from hdpo_train.data import tokenize_pairs
 from hdpo_train.eval_cli import DEFAULT_K
@@ -438,7 +438,7 @@ def _parser() -> Parser:
         prog="hdpo-train sweep",
         usage="hdpo-train sweep [--alpha 0.8,1,1.2] [--seeds N] [--option value …] [options of hdpo-train]",
         description=_EXAMPLES,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=118),
+        formatter_class=WideHelp,
         allow_abbrev=False,
     )
     add = parser.add_argument

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.tiny import make_model, make_records
+from tests.train.tiny import make_chain, make_records
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,15 +21,19 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the README's commands name: a model, pairs.jsonl, prompts.jsonl, run.yaml."""
+    """What the README's commands name: a model, pairs.jsonl, prompts.jsonl, train.jsonl, run.yaml."""
     from tests.train.conftest import tokenizer
 
-    folder = tmp_path_factory.mktemp("readme")
-    make_model().save_pretrained(folder / "model")
-    tokenizer.__wrapped__().save_pretrained(folder / "model")
+    folder, tokens = tmp_path_factory.mktemp("readme"), tokenizer.__wrapped__()
+    ask, one, two, three = (tokens(text)["input_ids"][0] for text in "?123")
+    end = {tokens.eos_token_id: 1.0}  # of the answers 1, 12 and 3: right is 12
+    chain = make_chain({ask: {one: 0.6, three: 0.4}, one: {two: 0.7, **dict.fromkeys(end, 0.3)}, two: end, three: end})
+    chain.save_pretrained(folder / "model")
+    tokens.save_pretrained(folder / "model")
     records = [*make_records(), json.loads(blocks("json")[0])]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (folder / "prompts.jsonl").write_text(blocks("json")[1])
+    for name in ("prompts.jsonl", "train.jsonl"):
+        (folder / name).write_text(blocks("json")[1])
     options = ["model_name_or_path: model", "dataset_name: pairs.jsonl", "output_dir: from-yaml", "max_steps: 1"]
     (folder / "run.yaml").write_text("\n".join(options))
     return folder
@@ -37,6 +41,7 @@ def folder(tmp_path_factory):
 
 def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     environment = {"PATH": "/usr/bin:/bin", "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "2", "HOME": str(folder)}
+    environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -62,6 +67,8 @@ def test_readme_training_commands_run_in_order(folder):
     assert (folder / "out" / "report.png").exists() and (folder / "from-yaml" / "model.safetensors").exists()
     first, second = (json.loads((folder / name / "results.json").read_text()) for name in ("eval", "eval-again"))
     assert first[1]["sampled"]["0.7"]["entropy"] == second[0]["sampled"]["0.7"]["entropy"]
+    assert (folder / "own-eval" / "results.md").exists() and (folder / "sweep" / "sweep.md").exists()
+    assert json.loads((folder / "own.jsonl").read_text())["chosen"] == "12"
 
 
 def test_readme_snippet_of_the_kernels_runs(folder):

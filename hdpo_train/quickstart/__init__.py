@@ -25,9 +25,9 @@ from hdpo_train.command_line import Parser, check_output_dir
 from hdpo_train.config import HDPOConfig
 from hdpo_train.evaluate import EvalOptions, evaluate
 from hdpo_train.generate import SamplingOptions, answers
+from hdpo_train.pairs import draw_pairs
 from hdpo_train.quickstart import task
 from hdpo_train.quickstart.model import new_model, teach, train_tokenizer
-from hdpo_train.quickstart.pairs import judge
 from hdpo_train.scores import Evaluation, as_json
 from hdpo_train.trainer import HDPOTrainer
 
@@ -168,10 +168,14 @@ def make_pairs(
         settings.samples_per_prompt, max_new_tokens=task.MAX_NEW_TOKENS, batch_size=BATCH_SIZE, seed=settings.seed
     )
     drawn = answers(model, tokenizer, asked, options)
-    records = judge(asked, drawn, settings.pairs_per_prompt, settings.seed, task.is_right)
-    if not records:
+    right = [
+        {answer: task.is_right(prompt, answer) for answer in answers_to if answer}
+        for prompt, answers_to in zip(asked, drawn, strict=True)
+    ]
+    pairs = draw_pairs(right, settings.pairs_per_prompt, settings.seed)
+    if not pairs:
         raise ValueError("the model gave no prompt both a right and a wrong answer: there is nothing to prefer")
-    return records
+    return [{"prompt": asked[each.prompt], "chosen": each.chosen, "rejected": each.rejected} for each in pairs]
 
 
 def train(

@@ -40,7 +40,7 @@ def refused(argv: list[str], capsys) -> str:
     [
         ("evl", "no command 'evl'; did you mean 'eval'?"),
         ("evl --help", "did you mean 'eval'?"),
-        ("pairs.jsonl --alpha 1", "no command 'pairs.jsonl'; there are train, plan, eval"),
+        ("data.jsonl --alpha 1", "no command 'data.jsonl'; there are train, plan, pairs, eval"),
         ("--alhpa 1", "no option --alhpa; did you mean '--alpha'?"),
         ("train --alhpa 1", "no option --alhpa; did you mean '--alpha'?"),
         ("train --alph 1", "did you mean '--alpha'?"),  # no abbreviations

@@ -21,10 +21,10 @@ sys.stdin.read()
 """
 
 
-@pytest.fixture
-def other(tmp_path):
-    """Another process that holds tmp_path."""
-    command = [sys.executable, "-c", HOLD, str(tmp_path / LOCK_FILE)]
+@pytest.fixture(params=[""])
+def other(request, tmp_path):
+    """Another process that holds tmp_path, or a file in it."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path / LOCK_FILE) + request.param]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "locked\n"
     yield process
@@ -42,6 +42,17 @@ def test_lock_refuses_a_folder_of_a_living_process_and_names_it(other, tmp_path)
     with locked(tmp_path):
         assert str(locks.os.getpid()) in (tmp_path / LOCK_FILE).read_text()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("other", ["-a.jsonl"], indirect=True)
+def test_lock_of_a_file_leaves_other_files_and_the_folder_to_others(other, tmp_path):
+    with pytest.raises(FileExistsError, match=r"a.jsonl is in use by another process .* choose another output$"):
+        lock(tmp_path, "a.jsonl")
+    with locked(tmp_path, "b.jsonl"), locked(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {
+            f"{LOCK_FILE}{end}" for end in ("", "-a.jsonl", "-b.jsonl")
+        }
+    assert [path.name for path in tmp_path.iterdir()] == [f"{LOCK_FILE}-a.jsonl"]
 
 
 def test_lock_may_be_taken_again_by_its_process_and_is_free_after_unlock(tmp_path):

@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hdpo_train import quickstart
 from hdpo_train.quickstart import task
-from hdpo_train.quickstart.pairs import judge
 from hdpo_train.scores import from_json
 
 TINY = quickstart.Settings(
@@ -45,17 +44,6 @@ def test_count_right_counts_orders():
     orders = {" ".join(order) for order in itertools.permutations(["red", "blue", "blue", "gold"])}
     assert task.count_right(prompt) == len(orders) == 12
     assert all(task.is_right(prompt, order) for order in orders)
-
-
-def test_judge_prefers_right_to_wrong_and_uses_no_answer_twice():
-    prompts = ["1 red 1 blue 1 gold:", "2 red 1 blue 1 gold:"]
-    answers = [[" red blue gold", " red blue gold", " gold red blue", " red", " blue"], [" red", "", " blue"]]
-    records = judge(prompts, answers, per_prompt=5, seed=0)
-    assert len(records) == 2
-    for record in records:
-        assert task.is_right(record["prompt"], record["chosen"])
-        assert not task.is_right(record["prompt"], record["rejected"])
-    assert len({record["chosen"] for record in records}) == 2
 
 
 def test_run_leaves_models_pairs_plots_and_a_table(tmp_path, capsys):
