@@ -1,14 +1,15 @@
 """Layers in tiles: the same steps, in less memory where sequences are long.
 
     checkpointed layers   one sequence after the other: what lives inside a layer is that of one
-    MLPs                  one tile of tokens after the other, and again in backward
+    MLPs, norms           one tile of tokens after the other, and again in backward
 
-Exact but for the order of sums: a layer keeps sequences apart, and an MLP tokens. A prompt that is shared goes through
-a layer with the chosen completion, and, where the two completions are long beside it, once more with the rejected one,
-whose part is kept. Sequences that are short go together.
+Exact but for the order of sums: a layer keeps sequences apart, MLPs and norms keep tokens apart. A prompt that is
+shared goes through a layer with the chosen completion, and, where the two completions are long beside it, once more
+with the rejected one, whose part is kept. Sequences that are short go together.
 """
 
 import functools
+import re
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,11 +29,12 @@ from hdpo_train.packing import VARLEN, varlen
 
 logger = logging.get_logger(__name__)
 TILE = 4096  # tokens: enough for a GEMM to run at full speed
+_NORM = re.compile("LayerNorm|RMSNorm")  # in the names of classes
 _PLAIN = (type(None), bool, int, float, str, torch.dtype)  # arguments of a layer that are the same for all tokens
 
 
 def tile_mlps(model: PreTrainedModel) -> None:
-    """Let every layer's `mlp` run on tiles of tokens; `model` is the bare transformers model.
+    """Let every layer's `mlp`, and every norm, run on tiles of tokens; `model` is the bare transformers model.
 
     Raises ValueError, naming the model, where no layer has an `mlp`, or one gives something else than a vector a token.
     """
@@ -46,21 +48,23 @@ def tile_mlps(model: PreTrainedModel) -> None:
     if not mlps or not all(isinstance(output, Tensor) and output.dim() == 3 for output in outputs):
         reason = "give more than a vector for each token" if mlps else "are not called mlp"
         raise ValueError(f"tiled_layers cannot be used: the MLPs of {type(model).__name__} {reason}; leave it out")
-    for mlp in mlps:
-        mlp.forward = types.MethodType(_TiledMLP.forward, mlp)  # type: ignore[method-assign]
+    norms = [module for module in backbone_of(model).modules() if _NORM.search(type(module).__name__)]
+    for module in (*mlps, *norms):
+        module.forward = types.MethodType(_InTiles.forward, module)  # type: ignore[method-assign]
 
 
 # Bound to a module as its forward; it knows the module as `self` alone, so that a copy runs with its own weights.
-class _TiledMLP(nn.Module):
+class _InTiles(nn.Module):
     def forward(self, hidden: Tensor, *others: Any, **kwargs: Any) -> Tensor:
-        own = type(self).forward
-        if hidden.dim() != 3 or hidden.shape[1] <= TILE:
+        own, shape = type(self).forward, hidden.shape[:-1]
+        dim = max(range(len(shape)), key=shape.__getitem__)  # that of tokens, if there are so many
+        if shape[dim] <= TILE:
             return own(self, hidden, *others, **kwargs)
 
-        def tiles(value: Any) -> list[Any]:
-            if isinstance(value, Tensor) and value.shape[:2] == hidden.shape[:2]:
-                return list(value.split(TILE, 1))
-            return [value] * -(-hidden.shape[1] // TILE)
+        def tiles(value: Any) -> Sequence[Any]:
+            if isinstance(value, Tensor) and value.shape[:-1] == shape:
+                return value.split(TILE, dim)
+            return [value] * -(-shape[dim] // TILE)
 
         outputs = []
         for tile in zip(*map(tiles, (hidden, *others)), strict=True):
@@ -68,7 +72,7 @@ class _TiledMLP(nn.Module):
                 outputs.append(checkpoint(own, self, *tile, use_reentrant=False, **kwargs))
             else:
                 outputs.append(own(self, *tile, **kwargs))
-        return torch.cat(outputs, 1)
+        return torch.cat(outputs, dim)
 
 
 def tile_checkpoints(model: nn.Module) -> None:
