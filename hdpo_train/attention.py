@@ -13,6 +13,7 @@ sinks need, runs on a block of queries at a time and again in backward: linear i
 """
 
 import functools
+import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -143,7 +144,11 @@ def _causal_sdpa(
 
 def _causal_eager(function: Function, window: int | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     heads, length = query.shape[1:3]
-    block = max(_SCORES // (heads * min(length, window or length)), 1)
+    most = _SCORES / heads
+    block = most / length
+    if window is not None and window < length:  # a block of queries sees as many keys more than the window
+        block = max(block, (math.sqrt(window**2 + 4 * most) - window) / 2)
+    block = max(int(block), 1)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         unseen = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)

@@ -128,7 +128,8 @@ class HDPOConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Run MLPs on 4,096 tokens at a time, and layers whose activations are checkpointed on one sequence "
-            "after the other: less memory for long sequences, for a little more time. Default: no."
+            "after the other: less memory for long sequences, for a little more time. Default: where a step on the "
+            "longest pairs would not fit into the memory of the device otherwise."
         },
     )
     max_tokens_per_batch: int | None = field(

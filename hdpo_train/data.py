@@ -19,6 +19,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import torch
 from datasets import Audio, Dataset, Features, Image, List, Value, Video
+from pyarrow import compute
 from transformers import PreTrainedTokenizerBase
 
 from hdpo_train import forms
@@ -27,7 +28,7 @@ from hdpo_train.own_reference import COLUMNS, OF_TRL, own_reference
 from hdpo_train.packing import PADDED, Layout, lay_out
 from hdpo_train.records import described, load_records
 
-__all__ = ["PairCollator", "load_records", "pair_tokens", "tokenize_pairs"]
+__all__ = ["PairCollator", "load_records", "pair_lengths", "pair_tokens", "tokenize_pairs"]
 
 logger = logging.getLogger(__name__)
 
@@ -342,10 +343,16 @@ def _fit(pair: Pair, tokenizer: PreTrainedTokenizerBase, max_length: int | None,
     return prompt, chosen, rejected
 
 
+def pair_lengths(dataset: Dataset) -> list[tuple[int, int, int]]:
+    """Tokens of prompt, chosen and rejected of each tokenized pair."""
+    tables = dataset.select_columns(list(_IDS)).with_format("arrow").iter(batch_size=1000)
+    columns = ([compute.list_value_length(table[name]).to_pylist() for name in _IDS] for table in tables)
+    return [lengths for table in columns for lengths in zip(*table, strict=True)]
+
+
 def pair_tokens(dataset: Dataset, layout: Layout) -> list[int]:
     """Tokens that each tokenized pair puts into a batch."""
-    columns = ([len(ids) for ids in dataset[column][:]] for column in _IDS)
-    return [layout.tokens(*lengths) for lengths in zip(*columns, strict=True)]
+    return [layout.tokens(*lengths) for lengths in pair_lengths(dataset)]
 
 
 class Examples:

@@ -30,7 +30,7 @@ from hdpo_train.ledger import HOST, Ledger, Segment, on_device
 from hdpo_train.models import backbone_of, disable_dropout
 from hdpo_train.packing import Layout, lay_out, use_layout
 from hdpo_train.reference import model_inputs
-from hdpo_train.tiles import tile_checkpoints, tile_mlps
+from hdpo_train.tiles import tile_sequences, tile_tokens
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "head", "other")
 _NUMBERS = re.compile("idx|index|layer_id|layer_number")  # names of attributes in which layers that are alike differ
@@ -60,13 +60,14 @@ class Memory(NamedTuple):
         return sum(self.device.values())
 
 
-def step_memory(model: nn.Module, args: HDPOConfig, batch: MicroBatch) -> Memory:
+def step_memory(model: nn.Module, args: HDPOConfig, batch: MicroBatch, tiles: bool = False) -> Memory:
     """What an optimizer step on micro-batches of this size takes. The model stays as it is, and its weights unread.
 
     Args:
         model: a transformers or peft model on any device, "meta" too, with or without its loss attached.
         args: options of the run. Its device says what the head holds: a GPU's need not be there.
         batch: lengths do not matter to the time this takes, but where windows of attention go block by block.
+        tiles: what can be is in tiles, whatever the options say.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), _GroupedProducts():
         fake: Any = _fake_copy(model)
@@ -76,7 +77,7 @@ def step_memory(model: nn.Module, args: HDPOConfig, batch: MicroBatch) -> Memory
         ledger.own(itertools.chain(fake.parameters(), fake.buffers()), "weights")
         _optimizer_step(fake, args, ledger)
         start = ledger.now.copy()
-        prepare(fake, args, batch.layout, ledger)
+        prepare(fake, args, batch.layout, ledger, tiles)
         order = _keep_one_of_each_kind(fake, ledger)
         kept = _count_the_head(fake, args, ledger)
         with ledger:
@@ -246,7 +247,7 @@ def _replay(segments: dict[Any, Segment], order: list[int], start: Counter[str])
     return peak, host
 
 
-def prepare(model: Any, args: HDPOConfig, layout: Layout, ledger: Ledger | None = None) -> None:
+def prepare(model: Any, args: HDPOConfig, layout: Layout, ledger: Ledger | None = None, tiles: bool = False) -> None:
     """As the trainer does it. With a ledger, what would be offloaded is written there, and takes no memory."""
     if args.gradient_checkpointing:
         options: dict[str, Any] = dict(args.gradient_checkpointing_kwargs or {})  # type: ignore[arg-type]
@@ -259,9 +260,9 @@ def prepare(model: Any, args: HDPOConfig, layout: Layout, ledger: Ledger | None 
     if args.disable_dropout:
         disable_dropout(model)
     use_layout(bare(model), layout)
-    if args.tiled_layers:
-        tile_mlps(bare(model))
-        tile_checkpoints(bare(model))
+    if args.tiled_layers or tiles:
+        tile_tokens(bare(model), refuse=not tiles)
+        tile_sequences(bare(model))
     # a softcap or scale costs nothing here, and finding it needs numbers
     attach_loss(bare(model), HeadTransform(None, 1.0))
     model.train()

@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from pyarrow import compute
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hdpo_kernels.pair import PairOptions, initial_margins
-from hdpo_train.data import PairCollator
+from hdpo_train.data import PairCollator, pair_lengths
 from hdpo_train.head import bare
 from hdpo_train.models import evaluating, max_positions, varies_beyond
 from hdpo_train.own_reference import COLUMNS
@@ -44,12 +43,7 @@ _BETWEEN_MODES, _BETWEEN_BATCHES = 2, 10
 
 def sequence_lengths(dataset: Dataset) -> list[int]:
     """Tokens of the longer sequence of each tokenized pair."""
-    columns = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).iter(batch_size=1000)
-    return [
-        len(prompt) + max(len(chosen), len(rejected))
-        for batch in columns
-        for prompt, chosen, rejected in zip(*batch.values(), strict=True)
-    ]
+    return [prompt + max(both) for prompt, *both in pair_lengths(dataset)]
 
 
 def margins_before_training(dataset: Dataset, options: PairOptions) -> tuple[Tensor, list[str]]:
@@ -84,9 +78,7 @@ def margins_before_training(dataset: Dataset, options: PairOptions) -> tuple[Ten
 
 def _completion_lengths(dataset: Dataset) -> Tensor:
     """(2P,) tokens of the completions, chosen and rejected in turn."""
-    tables = dataset.select_columns(["chosen_ids", "rejected_ids"]).with_format("arrow").iter(batch_size=1000)
-    lengths = [[compute.list_value_length(side).to_pylist() for side in table.columns] for table in tables]
-    return torch.cat([torch.tensor(sides).T.flatten() for sides in lengths]).float()
+    return torch.tensor([both for _, *both in pair_lengths(dataset)]).flatten().float()
 
 
 def check_lengths(lengths: list[int], models: list[PreTrainedModel], name: str, *, dropped: bool) -> None:

@@ -33,10 +33,11 @@ _NORM = re.compile("LayerNorm|RMSNorm")  # in the names of classes
 _PLAIN = (type(None), bool, int, float, str, torch.dtype)  # arguments of a layer that are the same for all tokens
 
 
-def tile_mlps(model: PreTrainedModel) -> None:
+def tile_tokens(model: PreTrainedModel, refuse: bool = True) -> str:
     """Let every layer's `mlp`, and every norm, run on tiles of tokens; `model` is the bare transformers model.
 
-    Raises ValueError, naming the model, where no layer has an `mlp`, or one gives something else than a vector a token.
+    refuse: raise ValueError, naming the model, where no layer has an `mlp`, or one gives something else than a vector a
+        token. Otherwise such MLPs stay as they are, and the reason is returned; else "".
     """
     mlps = [module for name, module in backbone_of(model).named_modules() if name.rpartition(".")[2] == "mlp"]
     outputs: list[Any] = []
@@ -45,12 +46,16 @@ def tile_mlps(model: PreTrainedModel) -> None:
         backbone_of(model)(input_ids=torch.arange(2, device=head_of(model).weight.device)[None], use_cache=False)
     for hook in hooks:
         hook.remove()
+    reason = ""
     if not mlps or not all(isinstance(output, Tensor) and output.dim() == 3 for output in outputs):
-        reason = "give more than a vector for each token" if mlps else "are not called mlp"
-        raise ValueError(f"tiled_layers cannot be used: the MLPs of {type(model).__name__} {reason}; leave it out")
+        what = "give more than a vector for each token" if mlps else "are not called mlp"
+        reason, mlps = f"the MLPs of {type(model).__name__} {what}", []
+    if reason and refuse:
+        raise ValueError(f"tiled_layers cannot be used: {reason}; leave it out")
     norms = [module for module in backbone_of(model).modules() if _NORM.search(type(module).__name__)]
     for module in (*mlps, *norms):
         module.forward = types.MethodType(_InTiles.forward, module)  # type: ignore[method-assign]
+    return reason
 
 
 # Bound to a module as its forward; it knows the module as `self` alone, so that a copy runs with its own weights.
@@ -75,7 +80,7 @@ class _InTiles(nn.Module):
         return torch.cat(outputs, dim)
 
 
-def tile_checkpoints(model: nn.Module) -> None:
+def tile_sequences(model: nn.Module) -> None:
     """Let layers whose activations are checkpointed run on one sequence after the other.
 
     To be called after checkpointing has been enabled, which undoes it; a second call changes nothing.

@@ -12,13 +12,15 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from hdpo_kernels import HDPOLoss
 from hdpo_kernels.checks import check_gradient
 from hdpo_train.alpha import AlphaSchedule, EntropyControl, Target
 from hdpo_train.config import HDPOConfig
-from hdpo_train.data import PairCollator, pair_tokens, tokenize_pairs
+from hdpo_train.data import PairCollator, pair_lengths, pair_tokens, tokenize_pairs
 from hdpo_train.generate import own_entropy
 from hdpo_train.head import attach_loss, bare, head_of, whole_shape
 from hdpo_train.inherited import check_arguments, check_best_metric, check_optimizer
@@ -39,10 +41,11 @@ from hdpo_train.records import training_split
 from hdpo_train.reference import model_inputs
 from hdpo_train.report import RunReport, mean_loss
 from hdpo_train.resuming import ResumableTrainer
+from hdpo_train.room import wants_tiles
 from hdpo_train.sampler import TokenBudgetSampler
 from hdpo_train.sigterm import StopAtSigterm
 from hdpo_train.start import check_lengths, margins_before_training, sequence_lengths, with_checked_reference
-from hdpo_train.tiles import tile_checkpoints, tile_mlps
+from hdpo_train.tiles import tile_sequences, tile_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -163,12 +166,11 @@ class HDPOTrainer(ResumableTrainer):
                 each.to(args.device)
             with gathered(each):
                 attach_loss(bare(each))
-                if args.tiled_layers:
-                    tile_mlps(bare(each))
         with contextlib.ExitStack() as stack:
             for each in models:
                 stack.enter_context(gathered(each))
             self.layout = find_layout([bare(each) for each in models], args.packing, args.shared_prompt, max(longest))
+        self.tiled = self._use_tiles(models)
         self.data_collator = collator = PairCollator(_pad_token_id(tokenizer), self.layout)
 
         def refer(dataset: Dataset, name: str) -> Dataset:
@@ -249,8 +251,15 @@ class HDPOTrainer(ResumableTrainer):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._trained.clear()  # auto_find_batch_size comes here again for each try
-        if self.args.tiled_layers:
-            tile_checkpoints(self.model)  # type: ignore[arg-type]
+        if (
+            self.tiled
+            and getattr(self.accelerator, "is_fsdp2", False)
+            and "__call__" in vars(GradientCheckpointingLayer)
+        ):
+            # this transformers gathers shards within a checkpoint, and so once for each sequence
+            logger.warning("tiled_layers: layers run on all sequences at once; transformers 5.23 or later is needed")
+        elif self.tiled:
+            tile_sequences(self.model)  # type: ignore[arg-type]
         return super()._inner_training_loop(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -376,6 +385,25 @@ class HDPOTrainer(ResumableTrainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._stop_where_broken({})
         super()._save_checkpoint(*args, **kwargs)
+
+    def _use_tiles(self, models: list[Any]) -> bool:
+        """Let MLPs and norms run in tiles, if that is asked for, or a step would not fit otherwise; whether they do."""
+        args, wanted = self.args, self.args.tiled_layers
+        if is_deepspeed_zero3_enabled():
+            if wanted:
+                raise ValueError(
+                    "tiled_layers cannot be used with ZeRO-3, where all ranks must call a layer's modules equally "
+                    "often, and their sequences differ in length: leave it out, or use FSDP2 (configs/fsdp2.yaml)"
+                )
+            return False
+        if wanted is None and self.train_dataset is not None:
+            sharded = self.accelerator.num_processes if getattr(self.accelerator, "is_fsdp2", False) else 1
+            wanted = wants_tiles(models[0], args, self.layout, pair_lengths(self.train_dataset), sharded)  # type: ignore[arg-type]
+        if wanted:
+            for each in models:
+                if reason := tile_tokens(bare(each), refuse=bool(args.tiled_layers)):
+                    logger.warning(f"tiled_layers: {reason}, and stay as they are")
+        return bool(wanted)
 
     def _entropy_control(self, target: str) -> EntropyControl:
         args, data = self.args, self.train_dataset

@@ -24,7 +24,7 @@ from transformers import (
 from transformers import AutoModelForCausalLM as Auto
 
 from hdpo_kernels import naive
-from hdpo_train import packing
+from hdpo_train import attention, packing
 from hdpo_train.data import PairCollator
 from hdpo_train.head import attach_loss
 from hdpo_train.packing import PADDED, Layout, find_layout, lay_out, use_layout
@@ -161,6 +161,21 @@ def test_layouts_agree_on_any_lengths(name, shape):
     alone = step_alone(model, examples)
     for layout in (PADDED, PACKED, SHARED):
         assert_same_step(step(model, examples, layout), alone, 5e-4)
+
+
+@pytest.mark.parametrize("window", [None, 3, 50, 900])
+def test_eager_attention_holds_so_many_scores_and_no_more(window, monkeypatch):
+    monkeypatch.setattr(attention, "_SCORES", 4000)
+    held = []
+
+    def function(query, key, value, mask):
+        held.append(query.shape[1] * mask.numel())
+        return [value[:, :, -query.shape[2] :].transpose(1, 2)]
+
+    rows = torch.zeros(1, 2, 600, 4)
+    with torch.no_grad():
+        attention._causal_eager(function, window, rows, rows, rows)
+    assert 2000 < max(held) <= 4000
 
 
 def test_shared_prompt_with_gradient_checkpointing():

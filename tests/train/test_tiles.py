@@ -7,14 +7,14 @@ import torch
 from transformers import AttentionInterface, LlamaConfig, OPTConfig, modeling_utils
 from transformers import AutoModelForCausalLM as Auto
 
-from hdpo_train import packing, tiles
+from hdpo_train import packing, room, tiles
 from hdpo_train.attention import Documents
-from hdpo_train.memory import MicroBatch
+from hdpo_train.memory import MicroBatch, step_memory
 from hdpo_train.models import disable_dropout
 from hdpo_train.packing import PADDED
 from hdpo_train.plan import peak_memory
 from hdpo_train.report import read_metrics
-from hdpo_train.tiles import tile_checkpoints, tile_mlps
+from hdpo_train.tiles import tile_sequences, tile_tokens
 from tests.train.test_packing import (
     MODELS,
     PACKED,
@@ -27,7 +27,7 @@ from tests.train.test_packing import (
     varlen,
     with_loss,
 )
-from tests.train.tiny import VOCAB, Elsewhere
+from tests.train.tiny import VOCAB, Elsewhere, make_model
 
 UNEQUAL = make_examples(2, count=1, prompt=(3, 3), completion=(20, 60)) + make_examples(3, count=4)
 
@@ -43,8 +43,8 @@ def tile(model, mlps=True, **options):
     model.gradient_checkpointing_enable(**options)
     model.enable_input_require_grads()
     if mlps:
-        tile_mlps(model)
-    tile_checkpoints(model)
+        tile_tokens(model)
+    tile_sequences(model)
     return model.train()
 
 
@@ -63,7 +63,7 @@ def test_tiled_layers_take_the_step_of_each_sequence_alone(name, reentrant, libr
 def test_tiled_mlps_alone_take_the_step_of_each_sequence_alone(name):
     model = with_loss(name)
     alone = step_alone(model, UNEQUAL)
-    tile_mlps(model)
+    tile_tokens(model)
     assert_same_step(step(model, UNEQUAL, SHARED), alone)
 
 
@@ -71,7 +71,7 @@ def test_tiled_mlps_have_one_tile_inside(monkeypatch):
     monkeypatch.setattr(tiles, "TILE", 7)
     model, seen = with_loss("llama"), []
     model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
-    tile_mlps(model)
+    tile_tokens(model)
     seen.clear()
     step(model, make_examples(count=1, prompt=(20, 20), completion=(3, 3)), SHARED)  # 26 tokens
     assert [shape[1] for shape in seen] == [7, 7, 7, 5, 5, 7, 7, 7], "forward, then backward"
@@ -156,11 +156,11 @@ def test_tiled_layers_take_less_memory(config, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "reason"), [("gpt-oss", "give more than a vector for each token"), ("opt", "are not called mlp")]
 )
-def test_tile_mlps_refuses_what_it_cannot_tile(name, reason):
+def test_tile_tokens_refuses_what_it_cannot_tile(name, reason):
     opt = OPTConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16)
     model = Auto.from_config(opt) if name == "opt" else make(name)
     with pytest.raises(ValueError, match=f"tiled_layers cannot be used: the MLPs of {type(model).__name__} {reason}"):
-        tile_mlps(model)
+        tile_tokens(model)
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -179,3 +179,71 @@ def test_train_in_tiles_takes_the_same_steps(adapter, tokenizer, config, tmp_pat
         assert all(isinstance(function, tiles._BySequences) == tiled for function in functions) and functions
         losses.append([line["loss"] for line in read_metrics(args.output_dir) if "loss" in line])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(set(losses[0])) > 1
+
+
+# ---- on by themselves ------------------------------------------------------------------------------------------------
+
+
+def started(config, tokenizer, model=None, **options):
+    from tests.train.test_trainer import make_trainer
+
+    return make_trainer(config(gradient_checkpointing=True, **options), tokenizer, model)
+
+
+def test_tiles_are_on_where_a_step_does_not_fit(config, tokenizer, monkeypatch, library_log):
+    monkeypatch.setattr(room, "room", lambda *_: 100_000)
+    trainer = started(config, tokenizer, max_steps=1)
+    assert trainer.tiled and "tiled_layers: on, as a step on the longest pairs ((" in library_log.text
+    assert "would take" in library_log.text and "of 97.7 KiB; so " in library_log.text
+    trainer.train()
+    assert not started(config, tokenizer, tiled_layers=False).tiled
+
+
+def test_tiles_that_save_nothing_stay_off(config, tokenizer, monkeypatch, library_log):
+    monkeypatch.setattr(tiles, "TILE", 4096)
+    monkeypatch.setattr(room, "room", lambda *_: 100_000)
+    assert not started(config, tokenizer).tiled and "tiled_layers" not in library_log.text
+
+
+def test_a_step_that_plainly_fits_is_not_looked_at(config, tokenizer, monkeypatch, library_log):
+    monkeypatch.setattr(room, "step_memory", lambda *_: pytest.fail("seconds for nothing"))
+    for family in ("llama", "gpt2"):
+        assert not started(config, tokenizer, make_model(family)).tiled
+    assert "tiled_layers" not in library_log.text
+
+
+def test_an_estimate_that_fails_stops_no_run(config, tokenizer, monkeypatch, library_log):
+    monkeypatch.setattr(room, "room", lambda *_: 1 / 0)
+    assert not started(config, tokenizer).tiled
+    assert "tiled_layers: off; whether a step fits cannot be told (ZeroDivisionError: " in library_log.text
+
+
+def test_tiles_that_are_on_by_themselves_leave_mlps_of_another_kind_out(config, tokenizer, monkeypatch, library_log):
+    monkeypatch.setattr(room, "room", lambda *_: 100_000)
+    assert started(config, tokenizer, make("gpt-oss")).tiled
+    assert "the MLPs of GptOssForCausalLM give more than a vector for each token, and stay" in library_log.text
+    with pytest.raises(ValueError, match="tiled_layers cannot be used: the MLPs of GptOssForCausalLM"):
+        started(config, tokenizer, make("gpt-oss"), tiled_layers=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "pairs"),
+    [
+        ({"per_device_train_batch_size": 2}, [(1, 900, 800), (500, 10, 10)]),
+        ({"per_device_train_batch_size": 9, "max_tokens_per_batch": 1000}, [(1, 900, 800)]),
+        ({"per_device_train_batch_size": 9, "max_tokens_per_batch": 1800}, [(1, 900, 800), (5, 6, 7)]),
+    ],
+)
+def test_largest_micro_batch_that_may_come(config, options, pairs):
+    lengths = [(5, 6, 7), (500, 10, 10), (1, 900, 800), (5, 60, 70)][:: 1 if len(options) == 1 else 2]
+    assert room.largest(lengths, config(**options), SHARED).pairs == pairs
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", [*MODELS])
+def test_bound_is_above_what_a_step_takes(name, checkpointing, config):
+    model, args = make(name), config(gradient_checkpointing=checkpointing)
+    for layout in (PADDED, SHARED):
+        batch = MicroBatch(layout, [(10, 9000, 8000)])
+        spare = room._CONSTANT if model.config._attn_implementation == "sdpa" else 0
+        assert step_memory(model, args, batch).total < room.bound(model, args, batch) - spare
