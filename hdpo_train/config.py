@@ -263,13 +263,6 @@ class ScriptArguments:
             "quickstart."
         },
     )
-    gguf_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "GGUF file in that folder or repository: its weights are dequantized, and the model that is saved "
-            "is an ordinary one."
-        },
-    )
     dataset_name: str | None = field(
         default=None,
         metadata={"help": "Preference pairs: a JSONL or Parquet file, a folder of them, or a hub id."},
@@ -302,6 +295,13 @@ class ScriptArguments:
         metadata={
             "help": "Modules that get an adapter: their names, or one regular expression. Default: all linear layers "
             "but the head."
+        },
+    )
+    gguf_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "GGUF file in that folder or repository: its weights are dequantized, and the model that is saved "
+            "is an ordinary one."
         },
     )
 

@@ -13,7 +13,7 @@ NEEDED = (
 def versions(file: str, operator: str) -> dict[str, tuple[int, ...]]:
     """Package -> version after the operator, without the zeros at its end."""
     text = (ROOT / file).read_text(encoding="utf-8")
-    found = re.findall(rf"\b([a-z]+){operator}([0-9.]+)", text)
+    found = re.findall(rf"\b([a-z]+){operator}([0-9]+(?:\.[0-9]+)*)", text)
     return {name: tuple(map(int, re.sub(r"(\.0)+$", "", version).split("."))) for name, version in found}
 
 
