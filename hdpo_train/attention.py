@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -135,8 +136,8 @@ def _causal_sdpa(
         return sdpa_attention_forward(module, query, key, value, None, **kwargs)[0]
     return torch.cat(
         [
-            sdpa_attention_forward(module, query[:, :, own], key[:, :, seen], value[:, :, seen], mask, **kwargs)[0]
-            for own, seen, mask in _blocks(length, window, _WINDOW_BLOCK, query.device)
+            sdpa_attention_forward(module, *parts, **kwargs)[0]
+            for parts in _blocks(query, key, value, window, _WINDOW_BLOCK)
         ],
         1,
     )
@@ -155,16 +156,55 @@ def _causal_eager(function: Function, window: int | None, query: Tensor, key: Te
         return function(query, key, value, unseen.masked_fill_(~mask, torch.finfo(query.dtype).min))[0]
 
     outputs = []
-    for own, seen, mask in _blocks(length, window or length, block, query.device):
-        parts = (query[:, :, own], key[:, :, seen], value[:, :, seen], mask)
+    for parts in _blocks(query, key, value, window or length, block):
         again = block < length and torch.is_grad_enabled()
         outputs.append(checkpoint(attend, *parts, use_reentrant=False) if again else attend(*parts))
     return torch.cat(outputs, 1)
 
 
-def _blocks(length: int, window: int, block: int, device: torch.device) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Queries, the keys that any of them sees, and which sees which, (1, 1, queries, keys)."""
-    for start in range(0, length, block):
-        end, first = min(start + block, length), max(start - window + 1, 0)
+def _blocks(
+    query: Tensor, key: Tensor, value: Tensor, window: int, block: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Queries, keys and values that any of them sees, and which sees which, (1, 1, queries, keys)."""
+    length, device = query.shape[2], query.device
+    count = -(-length // block)
+    keys, values = _Sum(count), _Sum(count)
+    for start, queries in zip(range(0, length, block), query.split(block, 2), strict=True):
+        end, first = start + queries.shape[2], max(start - window + 1, 0)
         back = torch.arange(start, end, device=device)[:, None] - torch.arange(first, end, device=device)
-        yield slice(start, end), slice(first, end), ((back >= 0) & (back < window))[None, None]
+        seen, mask = slice(first, end), ((back >= 0) & (back < window))[None, None]
+        yield queries, _Part.apply(key, seen, keys), _Part.apply(value, seen, values), mask
+
+
+class _Sum:
+    """Of the gradients of so many parts of one tensor."""
+
+    def __init__(self, parts: int) -> None:
+        self.parts = self.missing = parts
+        self.total: Tensor | None = None
+
+    def add(self, place: slice, grad: Tensor, shape: torch.Size) -> Tensor | None:
+        """The sum once all parts have been added, and nothing before."""
+        total = grad.new_zeros(shape) if self.total is None else self.total
+        total[:, :, place] += grad
+        self.missing -= 1
+        if self.missing:
+            self.total = total
+            return None
+        self.missing, self.total = self.parts, None
+        return total
+
+
+class _Part(torch.autograd.Function):
+    """tensor[:, :, place]. Parts overlap, and the gradient of a plain slice is as long as the whole tensor: one for
+    each block would make backward quadratic."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, place: slice, grads: _Sum) -> Tensor:
+        ctx.place, ctx.grads, ctx.shape = place, grads, tensor.shape
+        return tensor[:, :, place]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+        return ctx.grads.add(ctx.place, grad, ctx.shape), None, None

@@ -1,14 +1,19 @@
 """Packed batches and shared prompts: the same loss and gradients as padded batches, or a refusal; the token budget."""
 
+import functools
 import os
 import random
 import subprocess
 import sys
+import types
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AttentionInterface,
     Gemma2Config,
@@ -22,6 +27,7 @@ from transformers import (
     Qwen3Config,
 )
 from transformers import AutoModelForCausalLM as Auto
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from hdpo_kernels import naive
 from hdpo_train import attention, packing
@@ -176,6 +182,58 @@ def test_eager_attention_holds_so_many_scores_and_no_more(window, monkeypatch):
     with torch.no_grad():
         attention._causal_eager(function, window, rows, rows, rows)
     assert 2000 < max(held) <= 4000
+
+
+class Made(TorchDispatchMode):
+    """Counts the numbers that operators write."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.numbers += sum(each.numel() for each in tree_leaves(result) if isinstance(each, torch.Tensor))
+        return result
+
+
+def windowed(name, window, monkeypatch):
+    """An attention in blocks of 32 queries."""
+    monkeypatch.setattr(attention, "_WINDOW_BLOCK", 32)
+    monkeypatch.setattr(attention, "_SCORES", 2 * 32 * (32 + window))
+    module = types.SimpleNamespace(num_key_value_groups=1, training=False)
+    if name == "sdpa":
+        return functools.partial(attention._causal_sdpa, module, window, {"is_causal": True, "scaling": 0.5})
+    eager = functools.partial(eager_attention_forward, module, scaling=0.5)
+    return functools.partial(attention._causal_eager, eager, window)
+
+
+def heads(length):
+    torch.manual_seed(0)
+    return [torch.randn(1, 2, length, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+
+
+@pytest.mark.parametrize("window", [3, 32, 100])
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_windows_in_blocks_have_the_gradients_of_one_mask(name, window, monkeypatch):
+    inputs, weights = heads(300), torch.randn(1, 300, 2, 4, dtype=torch.float64)
+    back = torch.arange(300)[:, None] - torch.arange(300)
+    whole = F.scaled_dot_product_attention(*inputs, attn_mask=(back >= 0) & (back < window), scale=0.5).transpose(1, 2)
+    blocks = windowed(name, window, monkeypatch)(*inputs)
+    expected, found = (torch.autograd.grad((out * weights).sum(), inputs) for out in (whole, blocks))
+    rounding = 1e-6 if name == "eager" else 1e-14  # its softmax is in fp32; measured: 3e-7 and 7e-16
+    for ours, theirs in zip((blocks, *found), (whole, *expected), strict=True):
+        assert (ours - theirs).abs().max() < rounding * theirs.abs().max()
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_windows_take_work_linear_in_the_length(name, monkeypatch):
+    function, made = windowed(name, 32, monkeypatch), []
+    for length in (1024, 2048):
+        with Made() as counter:
+            function(*heads(length)).sum().backward()
+        made.append(counter.numbers)
+    assert made[1] < 2.1 * made[0]
 
 
 def test_shared_prompt_with_gradient_checkpointing():
