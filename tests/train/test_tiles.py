@@ -245,5 +245,5 @@ def test_bound_is_above_what_a_step_takes(name, checkpointing, config):
     model, args = make(name), config(gradient_checkpointing=checkpointing)
     for layout in (PADDED, SHARED):
         batch = MicroBatch(layout, [(10, 9000, 8000)])
-        spare = room._CONSTANT if model.config._attn_implementation == "sdpa" else 0
+        spare = 0 if name in ("gemma2", "gpt-oss") else room._CONSTANT  # which is for the scores of these
         assert step_memory(model, args, batch).total < room.bound(model, args, batch) - spare
