@@ -7,6 +7,7 @@ shared/data lies beside the project. Beside TRL's DPOTrainer, in one process:
   step         a step on one long pair of real text, also with checkpointing
   log-prob     the log-prob of a sequence from bf16 hidden states and weights, against fp64
   sampled      entries and error of the sampled gradient on real logits, beside dropping the tail
+  entropy      after a few dozen steps in bf16 autocast, with the head's sums in fp32 and rounded to bf16
 
 About 20 minutes on two cores; --long adds a pair of 2 × 2,048 tokens, for which TRL needs 10 GiB and that time again.
 Results: results/real.csv, written after each question; `python -m benchmarks.report` puts them into the README.
@@ -23,11 +24,11 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from benchmarks.harness import start_afresh
-from benchmarks.real import data, logits, report, training
+from benchmarks.real import data, logits, report, rounding, training
 from benchmarks.real.data import Pairs
 from benchmarks.table import RESULTS, Table, read
 
-QUESTIONS = ("trajectory", "log-prob", "sampled", "step")
+QUESTIONS = ("trajectory", "log-prob", "sampled", "entropy", "step")
 LONG = 2048  # tokens of a sequence, with --long
 
 
@@ -60,6 +61,13 @@ def tasks(folder: Path, pairs: list[Pairs], options: argparse.Namespace) -> list
             logits.sampled(table, f"{name}, {len(problem.labels)} tokens", problem)
 
         found.append(("sampled", name, sampled))
+    some = pairs[min(1, len(pairs) - 1)]
+    size = (2, 1) if options.quick else (rounding.STEPS, rounding.SEEDS)
+
+    def entropy(table: Table) -> None:
+        rounding.measure(table, folder, some, *size)
+
+    found.append(("entropy", some.name, entropy))
     for tokens in lengths:
         text, record = data.long_pair(pairs, tokenizer, tokens)
         for checkpointing in (False, True):

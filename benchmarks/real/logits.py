@@ -13,6 +13,7 @@ from benchmarks import loss
 from benchmarks.contest import relative_error
 from benchmarks.contestants import OURS, Contestant, ours_loss
 from benchmarks.real.data import Record
+from benchmarks.real.rounding import ROUNDED, rounded_logp
 from benchmarks.sampled import FILTERED, SAMPLED, filtered_counts, filtered_logp, sampled_counts
 from benchmarks.shapes import Problem, with_reference
 from benchmarks.table import Table
@@ -105,7 +106,8 @@ def sampled(table: Table, name: str, problem: Problem) -> None:
     ways += [Contestant(way, "", partial(filtered_logp, epsilon=each)) for way, each in thresholds.items()]
     _errors(add, problem, ways, counts)
     in_bf16 = with_reference(problem.hidden.detach().bfloat16(), problem.weight.detach().bfloat16(), *problem[2:4])
-    _errors(add, in_bf16, [Contestant(EXACT_BF16, "", loss=ours_loss)], {})
+    ways = [Contestant(EXACT_BF16, "", loss=ours_loss), Contestant(ROUNDED, "", lambda it: rounded_logp(*it[:3]))]
+    _errors(add, in_bf16, ways, {})
 
 
 def _errors(add: Any, problem: Problem, ways: Sequence[Contestant], counts: dict[str, float]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from benchmarks.contest import OUR_RATIO
 from benchmarks.contestants import OURS as OUR_KERNELS
 from benchmarks.real.logits import ALL_BF16, EQUAL, EXACT_BF16, EXPONENT, FILTERS, FP32_SOFTMAX, MEAN
+from benchmarks.real.rounding import EXACT, FP32, ROUNDED
 from benchmarks.real.training import LOSS_OFF, MOVED, OUR_CPU_RATIO, OUR_MEMORY_RATIO, PARAMETER_OFF
 from benchmarks.sampled import FILTERED, SAMPLED
 from benchmarks.table import Row
@@ -12,14 +13,8 @@ from benchmarks.train_step import OURS, TRL
 
 COMMAND = "make real"
 _ERRORS = ("d_hidden, relative", "d_weight, relative")
-_WAYS = (
-    SAMPLED.format(EXPONENT),
-    MEAN,
-    FILTERED.format(EXPONENT),
-    EQUAL,
-    *map(FILTERED.format, FILTERS[1:]),
-    EXACT_BF16,
-)
+_FILTERED = (*map(FILTERED.format, FILTERS), EQUAL)
+_WAYS = (SAMPLED.format(EXPONENT), MEAN, *_FILTERED, EXACT_BF16, ROUNDED)
 
 
 class Figures:
@@ -69,7 +64,13 @@ def long(rows: Sequence[Row]) -> str:
         "(anthropics/hh-rlhf, harmless-base): real records, MIT; all in chat form. All rows: "
         "`benchmarks/results/real.csv`."
     )
-    blocks = [f"{_where(rows)} {source}", _steps(figures), _trajectories(figures), _log_probs(figures)]
+    blocks = [
+        f"{_where(rows)} {source}",
+        _steps(figures),
+        _trajectories(figures),
+        _log_probs(figures),
+        _entropies(figures),
+    ]
     return "\n\n".join(block for block in blocks if block)
 
 
@@ -110,6 +111,16 @@ def _log_probs(figures: Figures) -> str:
     ]
     title = "Log-prob of a sequence from bf16 hidden states and weights: largest error against fp64"
     return _table([title, *ways], lines) if lines else ""
+
+
+def _entropies(figures: Figures) -> str:
+    lines = []
+    for shape in figures.shapes("entropy"):
+        before = figures.cell(shape, FP32, "entropy before", 5)
+        lines.append(
+            [shape[1], before, *(figures.cell(shape, way, "entropy after", 5) for way in (FP32, EXACT, ROUNDED))]
+        )
+    return _table(["Entropy of held-out answers", "before", FP32, EXACT, ROUNDED], lines) if lines else ""
 
 
 def sampled(rows: Sequence[Row]) -> str:

@@ -1,12 +1,15 @@
 """The report on a real model says what its rows say; its pairs are right and wrong."""
 
 import pytest
+import torch
 
 from benchmarks.contest import OUR_RATIO
 from benchmarks.real import __main__ as command
-from benchmarks.real import data, logits, report
+from benchmarks.real import data, logits, report, rounding
 from benchmarks.real.training import LOSS_OFF, OUR_MEMORY_RATIO
 from benchmarks.table import Table
+from hdpo_kernels import linear_logp
+from hdpo_train.checkers import Problem
 
 
 def example() -> Table:
@@ -50,7 +53,7 @@ def test_sampled_table_has_a_line_for_each_way():
     ],
 )  # fmt: skip
 def test_is_right_wants_one_short_sentence_with_the_word(answer, right):
-    assert data.is_right("red", answer) == right
+    assert data.is_right(Problem("", {"word": "red"}), answer) == right
 
 
 def test_dialogue_becomes_messages_of_all_turns():
@@ -60,6 +63,18 @@ def test_dialogue_becomes_messages_of_all_turns():
         ("user", "a"), ("assistant", "b"), ("user", "c"),
     ]  # fmt: skip
     assert parsed["chosen"] == [{"role": "assistant", "content": "d"}]
+
+
+def test_rounded_logp_rounds_gradients_only():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(40, 32, generator=generator).bfloat16().requires_grad_()
+    weight = torch.randn(5000, 32, generator=generator).bfloat16().requires_grad_()
+    labels = torch.randint(5000, (40,), generator=generator)
+    rounded, exact = rounding.rounded_logp(hidden, weight, labels), linear_logp(hidden, weight, labels).logp
+    torch.testing.assert_close(rounded, exact)
+    gradients = (torch.autograd.grad(each.sum(), (hidden, weight)) for each in (rounded, exact))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert 1e-4 < (ours - theirs).float().norm() / theirs.float().norm() < 2e-2
 
 
 def test_main_without_the_model_says_how_to_get_it(monkeypatch):
