@@ -3,17 +3,30 @@
 import ctypes
 import gc
 import math
+import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 T = TypeVar("T")
+_IMPORTED_ONCE = [  # for all fresh processes, where they are installed
+    "benchmarks.memory",
+    "benchmarks.train_step",
+    "datasets",
+    "hdpo_train.trainer",
+    "liger_kernel.chunked_loss",
+    "matplotlib.backends.backend_agg",  # draws the report at the end of a run
+    "matplotlib.pyplot",
+    "transformers.models.llama.modeling_llama",
+    "trl.kernels",
+    "trl.trainer.dpo_trainer",
+]
 
 
 class OutOfTime(Exception):
@@ -106,6 +119,15 @@ def peak_bytes(function: Callable[[], object], device: str) -> int:
     with ThreadPoolExecutor(1) as pool:
         pool.submit(function).result()
         return _status("VmHWM") - before
+
+
+def in_fresh_process(function: Callable[..., T], *args: Any) -> T:
+    """The function's result, from a process where nothing has run yet: memory that earlier calls leave to the allocator
+    hides what a call takes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED_ONCE)
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(function, *args).result()
 
 
 def attempt(function: Callable[[], T]) -> tuple[T | None, str]:

@@ -37,12 +37,12 @@ PIVOTS = (
     Pivot("train_step", "The same: peak memory above model and data", ("peak memory",)),
     Pivot(
         "growth",
-        "One step of one long pair: our peak memory above model and data, its ratio to that of, and the power",
+        "One step of one long pair: our peak memory above model and data, and its ratio to that of (powers: of each)",
         (train_step.OUR_MEMORY_RATIO, "peak memory", growth.POWER.format("peak memory")),
     ),
     Pivot(
         "growth",
-        "The same: our CPU seconds, on a GPU our time",
+        "The same: our time (on a CPU its CPU time), and its ratio to that of (powers: of each)",
         (train_step.OUR_CPU_RATIO, "CPU time", OUR_RATIO, "time", *map(growth.POWER.format, ("CPU time", "time"))),
     ),
     Pivot(

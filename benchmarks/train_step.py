@@ -2,6 +2,7 @@
 
 import math
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -12,7 +13,17 @@ from typing import Any, NamedTuple
 
 from benchmarks.contest import OUR_RATIO
 from benchmarks.contestants import Contestant
-from benchmarks.harness import NEVER, Deadline, attempt, peak_bytes, quartiles, ratio, start_afresh, synchronize
+from benchmarks.harness import (
+    NEVER,
+    Deadline,
+    attempt,
+    in_fresh_process,
+    peak_bytes,
+    quartiles,
+    ratio,
+    start_afresh,
+    synchronize,
+)
 from benchmarks.table import Table, installed
 
 OURS, TRL = "hdpo_train", "trl"
@@ -128,8 +139,7 @@ def compare(table: Table, question: str, setup: Setup, names: Sequence[str], dea
     clocks = [("time", OUR_RATIO, "seconds")]
     if table.device == "cpu":  # on a GPU it is the host's, which waits
         clocks.append(("CPU time", OUR_CPU_RATIO, "cpu_seconds"))
-    # The least: a process's first run also loads what is imported when it is used.
-    peaks = {name: min(run.peak_mib for run in each) for name, each in runs.items()}
+    peaks = {name: statistics.median(run.peak_mib for run in each) for name, each in runs.items()}
     for name in runs:
         add = partial(table.add, question, setup.name, name, package=_package(name))
         compared = name != OURS and OURS in runs
@@ -164,7 +174,13 @@ class Run(NamedTuple):
 
 
 def train(name: str, setup: Setup, device: str) -> Run:
-    """A run of the trainer of this name."""
+    """A run of the trainer of this name, on a CPU in a process of its own."""
+    if device == "cpu":
+        return in_fresh_process(_train, name, setup, device)
+    return _train(name, setup, device)
+
+
+def _train(name: str, setup: Setup, device: str) -> Run:
     from transformers import PrinterCallback, TrainerCallback
 
     class Stopwatch(TrainerCallback):

@@ -6,7 +6,21 @@ import time
 import pytest
 import torch
 
-from benchmarks.harness import Deadline, OutOfTime, attempt, peak_bytes, quartiles, ratio, take_turns, use_one_device
+from benchmarks import memory
+from benchmarks.contestants import CONTESTANTS, NAIVE
+from benchmarks.harness import (
+    Deadline,
+    OutOfTime,
+    attempt,
+    in_fresh_process,
+    peak_bytes,
+    quartiles,
+    ratio,
+    take_turns,
+    use_one_device,
+)
+from benchmarks.shapes import Head, Shape, make_problem
+from benchmarks.table import Table
 
 
 def test_take_turns_rotates_the_order():
@@ -96,3 +110,22 @@ def test_attempt_says_what_went_wrong(error, status):
 def test_attempt_does_not_take_the_deadline_for_an_error():
     with pytest.raises(OutOfTime):
         attempt(lambda: Deadline(-1).check())
+
+
+def test_in_fresh_process_raises_what_the_function_raises():
+    assert in_fresh_process(os.getpid) != os.getpid()
+    with pytest.raises(ValueError, match="invalid literal"):
+        in_fresh_process(int, "x")
+
+
+def test_memory_of_a_contestant_is_the_same_whatever_ran_before():
+    """Plain PyTorch holds the logits and their log-softmax at least."""
+    shape = Shape("small", Head(64, 16000), (256, 224), torch.float32)
+    (naive,) = [contestant for contestant in CONTESTANTS if contestant.name == NAIVE]
+    table = Table("cpu")
+    logits_mib = sum(shape.lengths) * shape.head.vocab * 4 / 2**20
+    memory.measure(table, shape, [naive], rounds=1)
+    naive.forward_backward(make_problem(shape._replace(lengths=(512, 448)), "cpu"))
+    memory.measure(table, shape, [naive], rounds=1)
+    first, second = (float(row["value"]) for row in table.rows)
+    assert first == pytest.approx(second, rel=0.1) and 2 * logits_mib < first < 8 * logits_mib
