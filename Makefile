@@ -9,6 +9,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MINIMUM ?= .venv-minimum
+# these time something, and have the machine to themselves
+SPEED := tests/benchmarks/test_speed.py
 
 .PHONY: setup demo test test-minimum check bench real gpu
 setup: $(READY)
@@ -24,7 +26,8 @@ demo: setup
 	$(BIN)/hdpo-train
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' -n 2 --dist loadfile $(if $(ARGS),$(ARGS),--ignore=$(SPEED))
+	$(if $(ARGS),,OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPEED))
 
 test-minimum: $(MINIMUM)/.ready
 	$(MINIMUM)/bin/python -m pytest -m 'not gpu' $(ARGS)

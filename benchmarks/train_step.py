@@ -129,7 +129,7 @@ def compare(table: Table, question: str, setup: Setup, names: Sequence[str], dea
                 status = run.wrong
             if run is None or status:
                 del runs[name]
-                table.add_status(question, setup.name, name, status, _package(name))
+                table.add_status(question, setup.name, name, status, package(name))
                 continue
             runs[name].append(run)
 
@@ -141,7 +141,7 @@ def compare(table: Table, question: str, setup: Setup, names: Sequence[str], dea
         clocks.append(("CPU time", OUR_CPU_RATIO, "cpu_seconds"))
     peaks = {name: statistics.median(run.peak_mib for run in each) for name, each in runs.items()}
     for name in runs:
-        add = partial(table.add, question, setup.name, name, package=_package(name))
+        add = partial(table.add, question, setup.name, name, package=package(name))
         compared = name != OURS and OURS in runs
         for metric, ours_over_its, clock in clocks:
             median, low, high = quartiles(pooled(name, clock))
@@ -156,21 +156,23 @@ def compare(table: Table, question: str, setup: Setup, names: Sequence[str], dea
             add(OUR_MEMORY_RATIO, (peaks[OURS] / peaks[name],), "×")
 
 
-def _package(name: str) -> str:
+def package(name: str) -> str:
     return TRL if name == TRL else ""
 
 
 class Run(NamedTuple):
+    """Optimizer steps of a trainer that logs each of them."""
+
     seconds: list[float]  # of each step after the warm-up, from its predecessor's end to its own
     cpu_seconds: list[float]  # of this process in them, all threads
     peak_mib: float  # above model and data
-    first_loss: float
+    losses: list[float]
 
     @property
     def wrong(self) -> str:
         """In a few words, if it is: the loss starts at log 2, policy and reference being the same."""
-        wrong = abs(self.first_loss - math.log(2)) > 0.01
-        return f"wrong: the loss starts at {self.first_loss:.4g}, not at log 2" if wrong else ""
+        first = self.losses[0]
+        return f"wrong: the loss starts at {first:.4g}, not at log 2" if abs(first - math.log(2)) > 0.01 else ""
 
 
 def train(name: str, setup: Setup, device: str) -> Run:
@@ -181,32 +183,37 @@ def train(name: str, setup: Setup, device: str) -> Run:
 
 
 def _train(name: str, setup: Setup, device: str) -> Run:
+    start_afresh()
+    with tempfile.TemporaryDirectory() as folder:
+        return timed(_trainer(name, setup, device, Path(folder)), device)
+
+
+def timed(trainer: Any, device: str, warm_up: int = WARM_UP) -> Run:
+    """Let a trainer take its steps."""
     from transformers import PrinterCallback, TrainerCallback
 
     class Stopwatch(TrainerCallback):
         def __init__(self) -> None:
-            self.ends: list[tuple[float, float]] = []
+            self.stops: list[tuple[float, float]] = []
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             synchronize(device)
-            self.ends.append((time.perf_counter(), time.process_time()))
+            self.stops.append((time.perf_counter(), time.process_time()))
 
-    start_afresh()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(name, setup, device, Path(folder))
-        stopwatch = Stopwatch()
-        trainer.add_callback(stopwatch)
-        trainer.remove_callback(PrinterCallback)
-        peak = peak_bytes(trainer.train, device)
-    steps = list(pairwise(stopwatch.ends[WARM_UP - 1 :]))
+        on_train_begin = on_step_end
+
+    stopwatch = Stopwatch()
+    trainer.add_callback(stopwatch)
+    trainer.remove_callback(PrinterCallback)
+    peak = peak_bytes(trainer.train, device)
+    steps = list(pairwise(stopwatch.stops[warm_up:]))
     seconds, cpu_seconds = ([end[clock] - start[clock] for start, end in steps] for clock in (0, 1))
-    return Run(seconds, cpu_seconds, peak / 2**20, trainer.state.log_history[0]["loss"])
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return Run(seconds, cpu_seconds, peak / 2**20, losses)
 
 
 def _trainer(name: str, setup: Setup, device: str, folder: Path) -> Any:
-    """DPO with the reference's log-probs computed beforehand, all options that both have the same."""
     import torch
-    from datasets import Dataset
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -217,21 +224,35 @@ def _trainer(name: str, setup: Setup, device: str, folder: Path) -> Any:
         bos_token_id=None, eos_token_id=setup.vocab - 2, pad_token_id=setup.vocab - 1,
     )  # fmt: skip
     options: dict[str, Any] = dict(
-        output_dir=str(folder / "run"), per_device_train_batch_size=setup.pairs, max_steps=setup.steps,
-        beta=0.1, max_length=None, use_cpu=device == "cpu", bf16=device == "cuda",
-        gradient_checkpointing=setup.checkpointing, logging_steps=1, save_strategy="no",
-        report_to="none", disable_tqdm=True, seed=0,
+        per_device_train_batch_size=setup.pairs, max_steps=setup.steps, use_cpu=device == "cpu", bf16=device == "cuda",
+        gradient_checkpointing=setup.checkpointing,
     )  # fmt: skip
-    given: dict[str, Any] = dict(
-        model=LlamaForCausalLM(config),
-        train_dataset=Dataset.from_list(_records(setup)),
-        processing_class=_tokenizer(setup.vocab),
-    )
+    options |= {"shared_prompt": False} if name == UNSHARED else {}
+    return make_trainer(name, folder, LlamaForCausalLM(config), _tokenizer(setup.vocab), _records(setup), options)
+
+
+def make_trainer(
+    name: str, folder: Path, model: Any, tokenizer: Any, records: Sequence[Any], options: dict[str, Any]
+) -> Any:
+    """DPO (α = 1) with the reference's log-probs computed beforehand, all options that both trainers have the same.
+
+    Args:
+        name: TRL, or else ours.
+        folder: for what the run writes.
+        records: prompt, chosen and rejected of each pair.
+        options: of the run, beside those that all runs here have.
+    """
+    from datasets import Dataset
+
+    options = {
+        "output_dir": str(folder / "run"), "beta": 0.1, "max_length": None, "logging_steps": 1, "save_strategy": "no",
+        "report_to": "none", "disable_tqdm": True, "seed": 0, **options,
+    }  # fmt: skip
+    given = {"model": model, "train_dataset": Dataset.from_list(list(records)), "processing_class": tokenizer}
     if name != TRL:
         from hdpo_train import HDPOConfig, HDPOTrainer
 
-        options |= {"shared_prompt": False} if name == UNSHARED else {}
-        return HDPOTrainer(args=HDPOConfig(alpha=1.0, ref_cache_dir=str(folder / "reference"), **options), **given)
+        return HDPOTrainer(args=HDPOConfig(ref_cache_dir=str(folder / "reference"), **options), **given)
     from trl import DPOConfig, DPOTrainer
 
     return DPOTrainer(args=DPOConfig(precompute_ref_log_probs=True, **options), **given)

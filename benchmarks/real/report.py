@@ -6,10 +6,10 @@ from benchmarks.contest import OUR_RATIO
 from benchmarks.contestants import OURS as OUR_KERNELS
 from benchmarks.real.logits import ALL_BF16, EQUAL, EXACT_BF16, EXPONENT, FILTERS, FP32_SOFTMAX, MEAN
 from benchmarks.real.rounding import EXACT, FP32, ROUNDED
-from benchmarks.real.training import LOSS_OFF, MOVED, OUR_CPU_RATIO, OUR_MEMORY_RATIO, PARAMETER_OFF
+from benchmarks.real.training import LOSS_OFF, MOVED, PARAMETER_OFF
 from benchmarks.sampled import FILTERED, SAMPLED
 from benchmarks.table import Row
-from benchmarks.train_step import OURS, TRL
+from benchmarks.train_step import OUR_CPU_RATIO, OUR_MEMORY_RATIO, OURS, TRL
 
 COMMAND = "make real"
 _ERRORS = ("d_hidden, relative", "d_weight, relative")

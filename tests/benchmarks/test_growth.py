@@ -18,7 +18,7 @@ def fake_train(name, setup, device):
     """Memory and time of ours grow with the length and its 1.5th power, TRL's with its square."""
     ((_, chosen, _),) = set(setup.lengths)
     length = chosen / 1000
-    return Run([length**1.5], [length**1.5], length if name == OURS else length**2, 0.6931)
+    return Run([length**1.5], [length**1.5], length if name == OURS else length**2, [0.6931])
 
 
 def test_shapes_are_the_lengths_of_the_targets():

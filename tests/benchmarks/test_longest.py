@@ -40,7 +40,7 @@ def test_measure_compares_lengths(runs_out, monkeypatch):
         mib = longer_sequence(setup) * (0.25 if name == OURS else 1.0)
         if runs_out and mib > 1000:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return Run([], [], mib, 0.6931)
+        return Run([], [], mib, [0.6931])
 
     monkeypatch.setattr(longest, "train", train)
     (search, checkpointed) = longest.shapes("cpu", quick=True)
@@ -55,7 +55,7 @@ def test_measure_compares_lengths(runs_out, monkeypatch):
 
 @pytest.mark.skipif(not installed(TRL), reason="TRL is not installed")
 def test_measure_a_wrong_loss_has_no_length(monkeypatch):
-    monkeypatch.setattr(longest, "train", lambda name, *_: Run([], [], 2000.0, 0.6931 if name == OURS else 0.9))
+    monkeypatch.setattr(longest, "train", lambda name, *_: Run([], [], 2000.0, [0.6931 if name == OURS else 0.9]))
     table = Table("cpu")
     longest.measure(table, longest.shapes("cpu", quick=True)[0], CONTESTANTS, rounds=1)
     ours, theirs = table.rows
@@ -72,7 +72,7 @@ def test_measure_does_not_start_a_length_that_would_end_too_late(monkeypatch):
     def train(name, setup, device):
         tried.append(longer_sequence(setup))
         now[0] += tried[-1] / 100
-        return Run([], [], 0.0, 0.6931)
+        return Run([], [], 0.0, [0.6931])
 
     monkeypatch.setattr(longest, "train", train)
     search, _ = longest.shapes("cpu", quick=True)

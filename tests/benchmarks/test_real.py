@@ -6,8 +6,9 @@ import torch
 from benchmarks.contest import OUR_RATIO
 from benchmarks.real import __main__ as command
 from benchmarks.real import data, logits, report, rounding
-from benchmarks.real.training import LOSS_OFF, OUR_MEMORY_RATIO
+from benchmarks.real.training import LOSS_OFF
 from benchmarks.table import Table
+from benchmarks.train_step import OUR_MEMORY_RATIO
 from hdpo_kernels import linear_logp
 from hdpo_train.checkers import Problem
 

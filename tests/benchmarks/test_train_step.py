@@ -24,8 +24,8 @@ def test_measure_takes_turns_by_runs(monkeypatch):
     def train(name, setup, device):
         order.append(name)
         if name == OURS:
-            return Run([1.0, 2.0], [0.5, 0.75], 64.0, 0.6931)
-        return Run([2.0, 4.0], [4.0, 6.0], 256.0, 0.6931)
+            return Run([1.0, 2.0], [0.5, 0.75], 64.0, [0.6931])
+        return Run([2.0, 4.0], [4.0, 6.0], 256.0, [0.6931])
 
     monkeypatch.setattr(train_step, "train", train)
     table = Table("cpu")
@@ -40,7 +40,9 @@ def test_measure_takes_turns_by_runs(monkeypatch):
 
 @pytest.mark.skipif(not installed(TRL), reason="TRL is not installed")
 def test_measure_a_wrong_loss_is_not_timed(monkeypatch):
-    monkeypatch.setattr(train_step, "train", lambda name, *_: Run([1.0], [1.0], 64.0, 0.6931 if name == OURS else 0.9))
+    monkeypatch.setattr(
+        train_step, "train", lambda name, *_: Run([1.0], [1.0], 64.0, [0.6931 if name == OURS else 0.9])
+    )
     table = Table("cpu")
     train_step.measure(table, SETUP, CONTESTANTS, rounds=1)
     (row,) = [row for row in table.rows if row["contestant"] == TRL]
@@ -78,7 +80,7 @@ def test_measure_takes_the_turns_that_the_deadline_allows(seconds, runs, monkeyp
     def train(name, setup, device):
         now[0] += 10
         order.append(name)
-        return Run([1.0], [1.0], 64.0, 0.6931)
+        return Run([1.0], [1.0], 64.0, [0.6931])
 
     monkeypatch.setattr(train_step, "train", train)
     table = Table("cpu")
