@@ -10,6 +10,7 @@ from hdpo_train import problems
 from hdpo_train.__main__ import main
 from hdpo_train.generate import Sampler
 from hdpo_train.scores import from_json
+from tests.train.commands import refused, write
 from tests.train.tiny import make_model
 
 PROMPTS = [{"prompt": f"{i}. Say sun:", "answer": str(i % 3), "question": "ask"} for i in range(4)]
@@ -31,10 +32,6 @@ def folder(tmp_path):
     return tmp_path
 
 
-def write(path: Path, records: list[dict]) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-
-
 def words(folder: Path, **options) -> list[str]:
     values = {
         "prompts": folder / "prompts.jsonl", "checker": "regex", "output_dir": folder / "out", "max_new_tokens": 4,
@@ -42,13 +39,6 @@ def words(folder: Path, **options) -> list[str]:
     }  # fmt: skip
     listed = {name: value if isinstance(value, list | tuple) else [value] for name, value in values.items()}
     return ["eval", *(word for name, value in listed.items() for word in (f"--{name}", *map(str, value)))]
-
-
-def refused(argv: list[str], capsys) -> str:
-    with pytest.raises(SystemExit) as exit:
-        main(argv)
-    assert exit.value.code == 2
-    return capsys.readouterr().err
 
 
 def results(folder: Path):

@@ -87,6 +87,9 @@ def test_tokenize_pairs_tools_are_written_as_in_the_file(tmp_path, monkeypatch, 
             assert tokenizer.decode(row["prompt_ids"] + row[f"{side}_ids"]) == by_hand
 
 
+CALLS = {"role": "assistant", "content": None}
+
+
 @pytest.mark.parametrize(
     ("feature", "value", "expected"),
     [
@@ -97,6 +100,8 @@ def test_tokenize_pairs_tools_are_written_as_in_the_file(tmp_path, monkeypatch, 
         (Json(), '{"a": null, "b": 1.5399356229}', {"a": None, "b": 1.5399356229}),
         ({"a": List(Json())}, {"a": ['{"b": null}', None]}, {"a": [{"b": None}, None]}),
         (Value("string"), None, None),
+        # a message that calls tools says nothing else
+        (dict.fromkeys(("role", "content", "name"), Value("string")), CALLS | {"name": None}, CALLS),
     ],
 )
 def test_as_written_leaves_out_what_arrow_fills_in(feature, value, expected):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from hdpo_train.__main__ import main
 from hdpo_train.report import METRICS_FILE, REPORT_FILE, read_metrics
 from hdpo_train.trainer import HDPOTrainer
+from tests.train.commands import refused, write
 from tests.train.tiny import make_model, make_records
 
 
@@ -23,10 +24,6 @@ def folder(tmp_path, tokenizer):
     return tmp_path
 
 
-def write(path: Path, records: list[dict]) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-
-
 def arguments(folder: Path, **options) -> list[str]:
     values = {
         "model_name_or_path": folder / "model", "dataset_name": folder / "pairs.jsonl", "output_dir": folder / "out",
@@ -34,13 +31,6 @@ def arguments(folder: Path, **options) -> list[str]:
         "per_device_train_batch_size": 4, "alpha": 0.9, "disable_tqdm": True,
     }  # fmt: skip
     return [word for name, value in {**values, **options}.items() for word in (f"--{name}", str(value))]
-
-
-def refused(argv: list[str], capsys) -> str:
-    with pytest.raises(SystemExit) as exit:
-        main(argv)
-    assert exit.value.code == 2
-    return capsys.readouterr().err
 
 
 def test_main_trains_and_leaves_a_model_metrics_and_plots(folder, capsys):

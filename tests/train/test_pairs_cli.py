@@ -10,6 +10,7 @@ from hdpo_train import generate, problems
 from hdpo_train.__main__ import main
 from hdpo_train.data import load_records, tokenize_pairs
 from hdpo_train.scores import from_json
+from tests.train.commands import refused, write
 from tests.train.tiny import make_chain
 
 TEMPLATE = (
@@ -45,23 +46,12 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def write(path: Path, records: list[dict]) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-
-
 def words(**options) -> list[str]:
     values = {"prompts": "prompts.jsonl", "checker": "regex:^ sun$", "output": "pairs.jsonl", **options}
     if "samples" not in options:
         values = {"num_samples": 8, "max_new_tokens": 6, "batch_size": 12, **values}
     listed = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
     return ["pairs", *(word for name, value in listed.items() for word in (f"--{name}", *map(str, value)))]
-
-
-def refused(argv: list[str], capsys) -> str:
-    with pytest.raises(SystemExit) as exit:
-        main(argv)
-    assert exit.value.code == 2
-    return capsys.readouterr().err
 
 
 def read(name: str = "pairs.jsonl") -> list[dict]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from transformers import TrainingArguments
 
 from hdpo_train import HDPOConfig, HDPOTrainer
 from hdpo_train.lock import LOCK_FILE
@@ -117,6 +118,14 @@ def test_train_refuses_a_checkpoint_of_another_optimizer(optim, copy, tokenizer)
     trainer = make_trainer(copy, tokenizer, optim=optim, max_steps=6)
     with pytest.raises(ValueError, match=rf"checkpoint-5: its optimizer is adamw_torch.*does not fit --optim {optim}"):
         trainer.train(resume_from_checkpoint=True)
+
+
+def test_device_of_a_rank_on_a_cpu_has_no_number(tmp_path, monkeypatch):
+    """transformers 5.17 loads a checkpoint's optimizer to it, and torch knows no cpu:0."""
+    args = HDPOConfig(output_dir=str(tmp_path), **OPTIONS)
+    for device, expected in (("cpu:0", "cpu"), ("cuda:1", "cuda:1")):
+        monkeypatch.setattr(TrainingArguments, "device", torch.device(device))
+        assert args.device == torch.device(expected)
 
 
 def test_train_refuses_a_checkpoint_that_is_broken_and_names_the_last_good_one(copy, tokenizer):

@@ -21,6 +21,7 @@ from hdpo_train.scores import Estimate, Evaluation, Scores
 from hdpo_train.sweep import Plan, TaskModel, _Job, sweep, words
 from hdpo_train.sweep_report import Sweep, match_temperature, metrics
 from hdpo_train.trainer import HDPOTrainer
+from tests.train.commands import refused
 from tests.train.tiny import make_model, make_records
 
 
@@ -65,13 +66,6 @@ def jobs(monkeypatch):
 
 def modified(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.glob("*/**/*") if path.is_file()}
-
-
-def refused(argv: list[str], capsys) -> str:
-    with pytest.raises(SystemExit) as exit:
-        main(argv)
-    assert exit.value.code == 2
-    return capsys.readouterr().err
 
 
 def test_sweep_leaves_runs_evaluations_and_a_report(swept):
