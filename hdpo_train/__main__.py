@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from hdpo_train.command_line import UsageError, check_output_dir, did_you_mean, end, run_command
-from hdpo_train.config import HDPOConfig, ScriptArguments
+from hdpo_train.config import HDPOConfig, PlanConfig, ScriptArguments
 from hdpo_train.data import load_records
 from hdpo_train.models import (
     adapter_configs,
@@ -54,10 +54,12 @@ Records: {"prompt", "chosen", "rejected"} as strings or chat messages; the promp
 begin with it. A run leaves the model, metrics.jsonl and report.png in output_dir.
 """
 _PLAN = """\
-What a step will need, by the options of a run: memory by kind, and seconds. Of the model only its config is read, and
-no data.
+What a step will need, by the options of a run: memory by kind, and seconds. Or, with --fit, the longest pair of which a
+step fits, what takes the memory there, and which option would lengthen it. Of the model only its config is read, and no
+data.
 
   hdpo-train plan --model_name_or_path MODEL --max_length 2048 --per_device_train_batch_size 4
+  hdpo-train plan --model_name_or_path MODEL --gradient_checkpointing True --on cuda --fit 79GiB
 """
 _COMMANDS_OF_THEIR_OWN = {  # each module has main(argv)
     "pairs": "hdpo_train.pairs_cli",
@@ -108,7 +110,8 @@ def _plan_command(argv: list[str]) -> None:
         raise UsageError(
             "plan needs the options of a run: hdpo-train plan --model_name_or_path MODEL --max_length 2048 …"
         )
-    plan(*parse_options(argv, TrainingParser("hdpo-train plan", _PLAN)))
+    script, args = parse_options(argv, TrainingParser("hdpo-train plan", _PLAN, (ScriptArguments, PlanConfig)))
+    plan(script, cast(PlanConfig, args))
 
 
 def train(script: ScriptArguments, args: HDPOConfig) -> HDPOTrainer:
@@ -184,27 +187,38 @@ def load_data(script: ScriptArguments, args: HDPOConfig) -> tuple[Dataset, Datas
     return train_records, eval_records
 
 
-def plan(script: ScriptArguments, args: HDPOConfig) -> None:
-    """Print what a run with these options needs."""
-    from hdpo_train.plan import print_plan
+def plan(script: ScriptArguments, args: PlanConfig) -> None:
+    """Print what a run with these options needs, or how long its pairs may be."""
+    from hdpo_train.fit import print_fit
+    from hdpo_train.plan import Build, print_plan
 
     if script.model_name_or_path is None:
         raise ValueError("a plan needs --model_name_or_path; of the model only its config is read")
     folder, gguf = where_from(script.model_name_or_path)
     with reading("config", script.model_name_or_path):
         config = AutoConfig.from_pretrained(folder, **gguf, trust_remote_code=script.trust_remote_code)
-    dtype = getattr(torch, script.dtype) if script.dtype != "auto" else getattr(config, "dtype", None)
-    options: dict[str, Any] = {"dtype": dtype or torch.float32}
-    if script.attn_implementation:
-        options["attn_implementation"] = script.attn_implementation
 
-    def build(config: Any) -> Any:
-        with reading("model", str(script.model_name_or_path)):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=script.trust_remote_code, **options)
-        return add_adapter(model, _lora(script)) if script.use_peft else model
+    def builder(script: ScriptArguments) -> Build:
+        dtype = getattr(torch, script.dtype) if script.dtype != "auto" else getattr(config, "dtype", None)
+        options: dict[str, Any] = {"dtype": dtype or torch.float32, "trust_remote_code": script.trust_remote_code}
+        if script.attn_implementation:
+            options["attn_implementation"] = script.attn_implementation
+
+        def build(config: Any) -> Any:
+            with reading("model", str(script.model_name_or_path)):
+                model = AutoModelForCausalLM.from_config(config, **options)
+            return add_adapter(model, _lora(script)) if script.use_peft else model
+
+        return build
+
+    def say(text: str) -> None:
+        print(f"({text})", file=sys.stderr, flush=True)
 
     try:
-        print_plan(config, args, build, lambda text: print(f"({text})", file=sys.stderr))
+        if args.fit is None:
+            print_plan(config, args, builder(script), say)
+        else:
+            print_fit(config, script, args, builder, say)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; a plan leaves nothing behind and starts from the beginning") from None
 

@@ -179,8 +179,7 @@ class HDPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
-            cuda = torch.cuda.is_available() and not self.use_cpu
-            self.bf16 = cuda and not self.fp16 and torch.cuda.is_bf16_supported()
+            self.bf16 = not self.fp16 and self._has_bf16()
         check_ranges(self)
         super().__post_init__()
         check_options(self)
@@ -212,6 +211,9 @@ class HDPOConfig(TrainingArguments):
                     )
             if self.auto_find_batch_size:
                 raise ValueError("auto_find_batch_size does not lower max_tokens_per_batch; leave out one of the two")
+
+    def _has_bf16(self) -> bool:
+        return torch.cuda.is_available() and not self.use_cpu and torch.cuda.is_bf16_supported()
 
     def _check_alpha(self) -> None:
         if self.alpha_schedule not in SCHEDULES:
@@ -250,6 +252,38 @@ class HDPOConfig(TrainingArguments):
             "epsilon": self.epsilon,
             "chunk_bytes": self.chunk_bytes,
         }
+
+
+@dataclass
+class PlanConfig(HDPOConfig):
+    """A run that is planned, perhaps for a device that is not here."""
+
+    fit: str | None = field(
+        default=None,
+        metadata={
+            "help": "Print the longest pair of which a step fits into so much memory of one process: 79GiB, 79GB or "
+            "80e9 bytes. Without a size: what is free on this GPU now."
+        },
+    )
+    on: str | None = field(
+        default=None,
+        metadata={
+            "help": "Plan for this kind of device, which need not be here. Default: the run's.",
+            "choices": ["cpu", "cuda"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self.use_cpu = self.use_cpu or self.on is not None  # transformers refuses options of a GPU where there is none
+        super().__post_init__()
+
+    @property
+    def device(self) -> torch.device:
+        own = super().device  # sets up what transformers wants of a device
+        return own if self.on is None else torch.device(self.on)
+
+    def _has_bf16(self) -> bool:
+        return super()._has_bf16() if self.on is None else self.on == "cuda"
 
 
 @dataclass

@@ -33,6 +33,6 @@ def contents_digest(path: Path) -> str:
 
 def readable(size: float) -> str:
     units = ["bytes", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1000 and len(units) > 1:
+    while size >= 999.5 and len(units) > 1:
         size, units = size / 1024, units[1:]
     return f"{size:.3g} {units[0]}"

@@ -26,7 +26,7 @@ from hdpo_kernels.workspace import head_workspace_bytes
 from hdpo_train.attention import can_attend_by_documents
 from hdpo_train.config import HDPOConfig
 from hdpo_train.head import HeadTransform, PairBatch, attach_loss, bare, head_of
-from hdpo_train.ledger import HOST, Ledger, Segment, on_device
+from hdpo_train.ledger import HOST, Ledger, Segment
 from hdpo_train.models import backbone_of, disable_dropout
 from hdpo_train.packing import Layout, lay_out, use_layout
 from hdpo_train.reference import model_inputs
@@ -49,10 +49,13 @@ class Memory(NamedTuple):
     device: by kind. activations: what forward leaves for backward. head: what the loss at the LM head makes, logits
         and the gradient of its weight. other: what passes, within backward and the optimizer's step.
     host: of activations that are offloaded, at most.
+    moments: by kind, when most bytes are alive in each part of the step; the same parts in the same order for every
+        micro-batch of as many pairs.
     """
 
     device: dict[str, int]
     host: int
+    moments: list[dict[str, int]]
 
     @property
     def total(self) -> int:
@@ -78,15 +81,14 @@ def step_memory(model: nn.Module, args: HDPOConfig, batch: MicroBatch, tiles: bo
         _optimizer_step(fake, args, ledger)
         start = ledger.now.copy()
         prepare(fake, args, batch.layout, ledger, tiles)
-        order = _keep_one_of_each_kind(fake, ledger)
+        order = _keep_one_of_each_kind(fake, args, ledger)
         kept = _count_the_head(fake, args, ledger)
         with ledger:
             micro_batch(fake, args, batch, "cpu", ledger)
-    peak, host = _replay(ledger.segments, order, start)
-    at_step = ledger.segments["optimizer"].peak
-    peak = max(peak, at_step, key=on_device)
-    peak["head"] += max(kept)
-    return Memory({kind: peak[kind] for kind in KINDS}, host)
+    moments = [ledger.segments["optimizer"].peak, *_replay(ledger.segments, order, start)]
+    host = max(moment[HOST] for moment in moments)
+    by_kind = [{kind: moment[kind] + max(kept) * (kind == "head") for kind in KINDS} for moment in moments]
+    return Memory(max(by_kind, key=lambda moment: sum(moment.values())), host, by_kind)
 
 
 class _GroupedProducts(TorchDispatchMode):
@@ -129,7 +131,7 @@ def _optimizer_step(model: nn.Module, args: HDPOConfig, ledger: Ledger) -> None:
     model._optimizer = optimizer  # type: ignore[assignment] # whose state stays alive as long as the model
 
 
-def _keep_one_of_each_kind(model: nn.Module, ledger: Ledger) -> list[int]:
+def _keep_one_of_each_kind(model: nn.Module, args: HDPOConfig, ledger: Ledger) -> list[int]:
     """Take layers out of the model that are like others, and let the rest mark its segments.
 
     Returns for every layer of the model the number, among those kept, of the one that is like it; nothing if the model
@@ -146,10 +148,12 @@ def _keep_one_of_each_kind(model: nn.Module, ledger: Ledger) -> list[int]:
     kept: list[int] = []
     order: list[int] = []
     trained = False
+    # the first layer's input may be the only one without a gradient, or the only one that is not offloaded
+    alone = not backbone.get_input_embeddings().weight.requires_grad or _offloads(args)
     for number, layer in enumerate(layers):
+        first = number == 0 and alone
         trained = trained or any(p.requires_grad for p in layer.parameters())
-        # the first layer may be the only one whose input needs no gradient
-        kind = (number == 0, trained, _kind(layer), repr([v[number] for v in by_layer.values()]))
+        kind = (first, trained, _kind(layer), repr([v[number] for v in by_layer.values()]))
         if kind not in kinds:
             kinds[kind] = len(kept)
             kept.append(number)
@@ -161,6 +165,11 @@ def _keep_one_of_each_kind(model: nn.Module, ledger: Ledger) -> list[int]:
     for number, layer in enumerate(layers):
         _mark(layer, number, number == len(kept) - 1, ledger)
     return order
+
+
+def _offloads(args: HDPOConfig) -> bool:
+    kwargs: Any = args.gradient_checkpointing_kwargs or {}
+    return bool(args.gradient_checkpointing and kwargs.get("offload"))
 
 
 def _kind(layer: nn.Module) -> str:
@@ -227,8 +236,8 @@ def _count_the_head(model: nn.Module, args: HDPOConfig, ledger: Ledger) -> list[
     return kept
 
 
-def _replay(segments: dict[Any, Segment], order: list[int], start: Counter[str]) -> tuple[Counter[str], int]:
-    """Bytes at the peak of a micro-batch of the whole model, which begins with `start`; and most bytes on the host."""
+def _replay(segments: dict[Any, Segment], order: list[int], start: Counter[str]) -> Iterator[Counter[str]]:
+    """Bytes at the peaks of a micro-batch of the whole model, which begins with `start`."""
     names: Iterator[Any] = itertools.chain(
         ["begin"],
         (("forward", number) for number in order),
@@ -236,15 +245,14 @@ def _replay(segments: dict[Any, Segment], order: list[int], start: Counter[str])
         (("backward", number) for number in reversed(order)),
         ["embedding"],
     )
-    now, peak, host = start.copy(), start, 0
+    now = start
     for segment in (segments[name] for name in names if name in segments):
         at_peak, after = now.copy(), now.copy()
         for kind in {*segment.start, *segment.peak, *segment.end}:
             at_peak[kind] += segment.peak[kind] - segment.start[kind]
             after[kind] += segment.end[kind] - segment.start[kind]
-        peak, now = max(peak, at_peak, key=on_device), after
-        host = max(host, at_peak[HOST], now[HOST])
-    return peak, host
+        yield at_peak
+        now = after
 
 
 def prepare(model: Any, args: HDPOConfig, layout: Layout, ledger: Ledger | None = None, tiles: bool = False) -> None:

@@ -17,9 +17,10 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from hdpo_train.command_line import Parser, UsageError, did_you_mean
-from hdpo_train.config import HDPOConfig, ScriptArguments
+from hdpo_train.config import HDPOConfig, PlanConfig, ScriptArguments
 
-KINDS: tuple[Any, ...] = (ScriptArguments, HDPOConfig)
+KINDS: tuple[Any, Any] = (ScriptArguments, HDPOConfig)
+_ALONE = {"resume_from_checkpoint": "true", "fit": "free"}  # options that may stand without a value, and what they mean
 _COMMON = (
     "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "bf16", "fp16",
@@ -31,16 +32,18 @@ _COMMON = (
 class TrainingParser(Parser, HfArgumentParser):
     """Every option of a run. "None" stands for None wherever that is a value, and any flag may stand alone."""
 
-    def __init__(self, prog: str = "hdpo-train", description: str = "") -> None:
-        super().__init__(KINDS, prog=prog, description=description, add_help=False, allow_abbrev=False)
+    def __init__(self, prog: str = "hdpo-train", description: str = "", kinds: tuple[Any, Any] = KINDS) -> None:
+        """kinds: ScriptArguments, and HDPOConfig or PlanConfig."""
+        super().__init__(kinds, prog=prog, description=description, add_help=False, allow_abbrev=False)
+        self._kinds = kinds
         self._hints: dict[str, Any] = {}
-        for kind in KINDS:
+        for kind in kinds:
             self._hints |= typing.get_type_hints(kind)
         for action in self._actions:
             if action.type is string_to_bool and action.nargs is None:
                 action.nargs, action.const = "?", True
-            if action.dest == "resume_from_checkpoint":
-                action.nargs, action.const = "?", "true"
+            if action.dest in _ALONE:
+                action.nargs, action.const = "?", _ALONE[action.dest]
             if self.may_be(action, list):
                 action.nargs = "+"
             elif (typing.get_origin(action.type) or action.type) is dict:
@@ -68,14 +71,16 @@ class TrainingParser(Parser, HfArgumentParser):
                 given[action.dest] = value[0]  # one word, which can mean something else than a list of one
         script, args = (
             kind(**{field.name: given[field.name] for field in dataclasses.fields(kind) if field.init})
-            for kind in KINDS
+            for kind in self._kinds
         )
         return script, args
 
     def print_help(self, file: Any = None) -> None:
         """The options most used, in groups."""
         own = [field for field in HDPOConfig.__annotations__ if not field.startswith("_") and field not in _COMMON]
+        planned = list(PlanConfig.__annotations__) if PlanConfig in self._kinds else []
         groups = {
+            **({"plan": planned} if planned else {}),
             "model and data": [field.name for field in dataclasses.fields(ScriptArguments)],
             "loss, reference, lengths": [name for name in own if name != "logging_nan_inf_filter"],
             "training (transformers.TrainingArguments; all of them: --help_all)": list(_COMMON),

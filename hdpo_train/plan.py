@@ -51,7 +51,9 @@ def print_plan(config: Any, args: HDPOConfig, build: Build, say: Callable[[str],
     if args.max_length is None:
         raise ValueError("a plan needs --max_length: without it the longest record decides")
     batch = fullest(args, layout_of(config, args, build))
-    print(describe_memory(peak_memory(config, args, batch, build), args, batch), flush=True)
+    plain = peak_memory(config, args, batch, build)
+    tiled = peak_memory(config, args, batch, build, tiles=True) if args.tiled_layers is None else None
+    print(describe_memory(plain, args, batch, tiled), flush=True)
     say("timing some steps of a shallow model")
     tokens = sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in batch.pairs)
     time = step_time(config, args, batch, build)
@@ -67,10 +69,11 @@ def layout_of(config: Any, args: HDPOConfig, build: Build) -> Layout:
     return find_layout([bare(build(config))], args.packing, args.shared_prompt)
 
 
-def peak_memory(config: Any, args: HDPOConfig, batch: MicroBatch, build: Build) -> Memory:
+def peak_memory(config: Any, args: HDPOConfig, batch: MicroBatch, build: Build, tiles: bool = False) -> Memory:
+    """tiles: layers run in tiles where they can, whatever the options say."""
     with torch.device("meta"):
         model = build(config)
-    return step_memory(model, args, batch)
+    return step_memory(model, args, batch, tiles)
 
 
 def fullest(args: HDPOConfig, layout: Layout) -> MicroBatch:
@@ -89,7 +92,8 @@ def fullest(args: HDPOConfig, layout: Layout) -> MicroBatch:
     return MicroBatch(layout, [(prompt, completion, completion)] * pairs)
 
 
-def describe_memory(memory: Memory, args: HDPOConfig, batch: MicroBatch) -> str:
+def describe_memory(memory: Memory, args: HDPOConfig, batch: MicroBatch, tiled: Memory | None = None) -> str:
+    """tiled: the same step with layers in tiles, if the run may turn to them by itself."""
     prompt, completion, _ = batch.pairs[0]
     pairs, steps = len(batch.pairs), args.gradient_accumulation_steps
     accumulated = f" of {steps} micro-batches" * (steps > 1)
@@ -101,8 +105,10 @@ def describe_memory(memory: Memory, args: HDPOConfig, batch: MicroBatch) -> str:
         "",
         *by_kind(memory),
     ]
+    if tiled is not None and tiled.total < memory.total:
+        lines.append(f"  {'in tiles':12}{readable(tiled.total):>12} as a run computes layers if a step would not fit")
     if (free := free_bytes(args)) is not None:
-        fits = "" if memory.total < free else ": it does not fit"
+        fits = "" if (tiled or memory).total < free else ": it does not fit"
         lines += [f"  {'free now':12}{readable(free):>12}{fits}"]
     if args.device.type == "cpu":
         lines += [
@@ -122,8 +128,8 @@ def by_kind(memory: Memory) -> list[str]:
 
 
 def free_bytes(args: HDPOConfig) -> int | None:
-    """Of the GPU, now; None: the run has none."""
-    return torch.cuda.mem_get_info()[0] if args.device.type == "cuda" else None
+    """Of the GPU, now; None: the run has none, or it is not here."""
+    return torch.cuda.mem_get_info()[0] if args.device.type == "cuda" and torch.cuda.is_available() else None
 
 
 def describe_time(time: StepTime, tokens: int) -> str:
@@ -139,6 +145,8 @@ def step_time(config: Any, args: HDPOConfig, batch: MicroBatch, build: Build) ->
     """A shallow model's time, and for every further layer what one adds to it, turn by turn of the timing."""
     depth = config.get_text_config().num_hidden_layers
     timed = (depth,) if depth <= _LAYERS[1] else _LAYERS
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        return StepTime(None, depth, timed, "there is no GPU here to time a step on")
     configs = [_with_layers(config, layers) for layers in timed]
     needed = sum(peak_memory(each, args, batch, build).total for each in configs)
     there = psutil.virtual_memory().available if args.device.type == "cpu" else free_bytes(args)
