@@ -40,8 +40,8 @@ from hdpo_kernels.checks import check_gradient
 from hdpo_kernels.sampled.entries import most_entries
 from hdpo_train import quickstart
 from hdpo_train.quickstart import Settings, task
-from hdpo_train.report import read_metrics
-from hdpo_train.significance import critical_t, paired
+from hdpo_train.run.report import read_metrics
+from hdpo_train.sweep.significance import critical_t, paired
 
 NAME = "sampled-training"
 EXACT, REORDERED = "exact", "exact, reordered"

@@ -99,7 +99,7 @@ def _quickstart_problem(sft_steps: int, dtype: torch.dtype, device: str) -> Prob
     Of a pair, the chosen answer is a demonstration and the rejected one the model's own; rows are the answers' tokens.
     """
     from hdpo_train import quickstart
-    from hdpo_train.generate import SamplingOptions, answers
+    from hdpo_train.evaluation.sampler import SamplingOptions, answers
     from hdpo_train.quickstart import task
 
     settings = quickstart.Settings(sft_steps=sft_steps)

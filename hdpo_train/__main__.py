@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from hdpo_train.command_line import UsageError, check_output_dir, did_you_mean, end, run_command
 from hdpo_train.config import HDPOConfig, PlanConfig, ScriptArguments
-from hdpo_train.data import load_records
-from hdpo_train.models import (
+from hdpo_train.data.tokenize import load_records
+from hdpo_train.model.loading import (
     adapter_configs,
     add_adapter,
     import_peft,
@@ -28,8 +28,8 @@ from hdpo_train.models import (
     where_from,
 )
 from hdpo_train.options import TrainingParser, is_file_of_options, parse_options
-from hdpo_train.report import METRICS_FILE, REPORT_FILE
-from hdpo_train.resuming import taken_output_dir
+from hdpo_train.run.report import METRICS_FILE, REPORT_FILE
+from hdpo_train.run.resuming import taken_output_dir
 from hdpo_train.trainer import HDPOTrainer
 
 _EXAMPLES = """\
@@ -62,9 +62,9 @@ data.
   hdpo-train plan --model_name_or_path MODEL --gradient_checkpointing True --on cuda --fit 79GiB
 """
 _COMMANDS_OF_THEIR_OWN = {  # each module has main(argv)
-    "pairs": "hdpo_train.pairs_cli",
-    "eval": "hdpo_train.eval_cli",
-    "sweep": "hdpo_train.sweep",
+    "pairs": "hdpo_train.cli.pairs",
+    "eval": "hdpo_train.cli.eval",
+    "sweep": "hdpo_train.sweep.run",
     "quickstart": "hdpo_train.quickstart",
 }
 
@@ -189,8 +189,8 @@ def load_data(script: ScriptArguments, args: HDPOConfig) -> tuple[Dataset, Datas
 
 def plan(script: ScriptArguments, args: PlanConfig) -> None:
     """Print what a run with these options needs, or how long its pairs may be."""
-    from hdpo_train.fit import print_fit
-    from hdpo_train.plan import Build, print_plan
+    from hdpo_train.plan.fit import print_fit
+    from hdpo_train.plan.step import Build, print_plan
 
     if script.model_name_or_path is None:
         raise ValueError("a plan needs --model_name_or_path; of the model only its config is read")

@@ -10,7 +10,7 @@ from hdpo_kernels.checks import GRADIENTS, check_gradient
 from hdpo_kernels.pair import ALPHA_LEVELS, LOSS_TYPES, PairOptions
 from hdpo_train.alpha import SCHEDULES, Target
 from hdpo_train.inherited import check_options, check_ranges
-from hdpo_train.models import in_gguf
+from hdpo_train.model.loading import in_gguf
 from hdpo_train.ranks import check_dataloading
 
 

@@ -25,11 +25,11 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from hdpo_train.data import PairCollator
-from hdpo_train.head import PairBatch, bare
-from hdpo_train.models import adapter_configs, evaluating, hash_weights
-from hdpo_train.own_reference import COLUMNS
-from hdpo_train.packing import Places
+from hdpo_train.data.own_reference import COLUMNS
+from hdpo_train.data.tokenize import PairCollator
+from hdpo_train.model.head import PairBatch, bare
+from hdpo_train.model.loading import adapter_configs, evaluating, hash_weights
+from hdpo_train.model.packing import Places
 from hdpo_train.ranks import as_in_training, gathered, shards
 
 logger = logging.get_logger(__name__)

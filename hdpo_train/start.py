@@ -22,10 +22,10 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hdpo_kernels.pair import PairOptions, initial_margins
-from hdpo_train.data import PairCollator, pair_lengths
-from hdpo_train.head import bare
-from hdpo_train.models import evaluating, max_positions, varies_beyond
-from hdpo_train.own_reference import COLUMNS
+from hdpo_train.data.own_reference import COLUMNS
+from hdpo_train.data.tokenize import PairCollator, pair_lengths
+from hdpo_train.model.head import bare
+from hdpo_train.model.loading import evaluating, max_positions, varies_beyond
 from hdpo_train.ranks import as_in_training, gathered
 from hdpo_train.reference import model_inputs, with_reference
 

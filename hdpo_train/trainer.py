@@ -20,15 +20,18 @@ from hdpo_kernels import HDPOLoss
 from hdpo_kernels.checks import check_gradient
 from hdpo_train.alpha import AlphaSchedule, EntropyControl, Target
 from hdpo_train.config import HDPOConfig
-from hdpo_train.data import PairCollator, pair_lengths, pair_tokens, tokenize_pairs
-from hdpo_train.generate import own_entropy
-from hdpo_train.head import attach_loss, bare, head_of, whole_shape
+from hdpo_train.data.own_reference import COLUMNS, OF_TRL
+from hdpo_train.data.records import training_split
+from hdpo_train.data.sampler import TokenBudgetSampler
+from hdpo_train.data.tokenize import PairCollator, pair_lengths, pair_tokens, tokenize_pairs
+from hdpo_train.evaluation.sampler import own_entropy
 from hdpo_train.inherited import check_arguments, check_best_metric, check_optimizer
 from hdpo_train.metrics import batch_sums, finite, means
-from hdpo_train.models import adapter_configs, check_trainable, load_model, load_tokenizer, make_policy
-from hdpo_train.output_dir import refuse_base_model
-from hdpo_train.own_reference import COLUMNS, OF_TRL
-from hdpo_train.packing import find_layout
+from hdpo_train.model.head import attach_loss, bare, head_of, whole_shape
+from hdpo_train.model.loading import adapter_configs, check_trainable, load_model, load_tokenizer, make_policy
+from hdpo_train.model.packing import find_layout
+from hdpo_train.model.tiles import tile_sequences, tile_tokens
+from hdpo_train.plan.room import wants_tiles
 from hdpo_train.ranks import (
     OwnRandomNumbers,
     gathered,
@@ -37,15 +40,12 @@ from hdpo_train.ranks import (
     shards,
     weights,
 )
-from hdpo_train.records import training_split
 from hdpo_train.reference import model_inputs
-from hdpo_train.report import RunReport, mean_loss
-from hdpo_train.resuming import ResumableTrainer
-from hdpo_train.room import wants_tiles
-from hdpo_train.sampler import TokenBudgetSampler
-from hdpo_train.sigterm import StopAtSigterm
+from hdpo_train.run.output_dir import refuse_base_model
+from hdpo_train.run.report import RunReport, mean_loss
+from hdpo_train.run.resuming import ResumableTrainer
+from hdpo_train.run.sigterm import StopAtSigterm
 from hdpo_train.start import check_lengths, margins_before_training, sequence_lengths, with_checked_reference
-from hdpo_train.tiles import tile_sequences, tile_tokens
 
 logger = logging.get_logger(__name__)
 

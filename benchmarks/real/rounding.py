@@ -115,7 +115,7 @@ def _inputs(model: Any, batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
 def _batches(model: Any, tokenizer: Any, records: Sequence[Record]) -> list[_Batch]:
     from datasets import Dataset
 
-    from hdpo_train.data import tokenize_pairs
+    from hdpo_train.data.tokenize import tokenize_pairs
 
     found = []
     for pair in tokenize_pairs(Dataset.from_list(list(records)), tokenizer, max_length=None):

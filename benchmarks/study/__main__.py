@@ -27,12 +27,11 @@ from transformers.utils import logging
 from benchmarks.harness import use_one_device
 from benchmarks.study import arithmetic
 from benchmarks.table import commit, device_name, installed
-from hdpo_train import quickstart, sweep_report
-from hdpo_train.evaluate import EvalOptions
+from hdpo_train import quickstart
+from hdpo_train.evaluation.evaluate import EvalOptions
 from hdpo_train.quickstart import Settings
-from hdpo_train.significance import Interval, interval
-from hdpo_train.sweep import Plan, TaskModel, sweep, words
-from hdpo_train.sweep_report import (
+from hdpo_train.sweep import report as sweep_report
+from hdpo_train.sweep.report import (
     Metric,
     Sweep,
     against_dpo,
@@ -41,6 +40,8 @@ from hdpo_train.sweep_report import (
     metrics,
     verdict,
 )
+from hdpo_train.sweep.run import Plan, TaskModel, sweep, words
+from hdpo_train.sweep.significance import Interval, interval
 
 FOLDER = Path(__file__).parent
 ALPHAS = (0.6, 0.8, 1.0, 1.25, 1.6)

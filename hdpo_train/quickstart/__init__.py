@@ -20,15 +20,15 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
 from hdpo_kernels.pair import PairOptions
-from hdpo_train.checkers import Problem
 from hdpo_train.command_line import Parser, check_output_dir
 from hdpo_train.config import HDPOConfig
-from hdpo_train.evaluate import EvalOptions, evaluate
-from hdpo_train.generate import SamplingOptions, answers
-from hdpo_train.pairs import draw_pairs
+from hdpo_train.evaluation.checkers import Problem
+from hdpo_train.evaluation.evaluate import EvalOptions, evaluate
+from hdpo_train.evaluation.pairs import draw_pairs
+from hdpo_train.evaluation.sampler import SamplingOptions, answers
+from hdpo_train.evaluation.scores import Evaluation, as_json
 from hdpo_train.quickstart import task
 from hdpo_train.quickstart.model import new_model, teach, train_tokenizer
-from hdpo_train.scores import Evaluation, as_json
 from hdpo_train.trainer import HDPOTrainer
 
 SETTINGS_FILE, RESULTS_FILE, TABLE_FILE = "settings.json", "results.json", "results.md"

@@ -10,8 +10,8 @@ import torch
 from benchmarks import report
 from benchmarks.study import arithmetic
 from benchmarks.study.__main__ import LARGER, QUICK, claims_table, main, study
-from hdpo_train.sweep_report import Sweep
-from tests.train.test_sweep import made_up
+from hdpo_train.sweep.report import Sweep
+from tests.train.sweep.test_run import made_up
 
 PROMPT = (
     "Ann has three boxes of four pens. She loses two. She gets as many again. She finds nine. How many pens has she?"

@@ -17,10 +17,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, TrainerCallback
 
-from hdpo_train import HDPOConfig, HDPOTrainer, tiles
+from hdpo_train import HDPOConfig, HDPOTrainer
 from hdpo_train.__main__ import main
-from hdpo_train.data import PairCollator, tokenize_pairs
-from hdpo_train.head import attach_loss, bare
+from hdpo_train.data.tokenize import PairCollator, tokenize_pairs
+from hdpo_train.model import tiles
+from hdpo_train.model.head import attach_loss, bare
 from hdpo_train.reference import model_inputs
 from tests.train.tiny import make_model, make_records
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from hdpo_train import HDPOConfig
-from tests.train.test_packing import SGD, UNEVEN, one_step
+from tests.train.model.test_packing import SGD, UNEVEN, one_step
 
 folder = Path(sys.argv[1])
 args = HDPOConfig(

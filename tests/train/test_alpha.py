@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from hdpo_train import HDPOConfig, quickstart
 from hdpo_train.alpha import EntropyControl, Target, alpha_at
 from hdpo_train.quickstart import task
-from hdpo_train.report import read_metrics
+from hdpo_train.run.report import read_metrics
 from tests.train.test_trainer import losses, make_trainer, plain_losses
 from tests.train.tiny import make_model, make_records
 

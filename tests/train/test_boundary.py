@@ -3,7 +3,7 @@
 import pytest
 from tokenizers import Tokenizer
 
-from hdpo_train import data
+from hdpo_train.data import tokenize as data
 from tests.train.tokenizers_of_kinds import (
     CORPUS,
     KINDS,

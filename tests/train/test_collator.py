@@ -6,8 +6,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hdpo_train.data import PairCollator, tokenize_pairs
-from hdpo_train.packing import PADDED, Layout
+from hdpo_train.data.tokenize import PairCollator, tokenize_pairs
+from hdpo_train.model.packing import PADDED, Layout
 from tests.train.tiny import make_records
 
 

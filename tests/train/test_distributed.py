@@ -14,7 +14,7 @@ from accelerate.commands.launch import launch_command_parser
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from hdpo_train.report import read_metrics
+from hdpo_train.run.report import read_metrics
 from tests.train.distributed_worker import CASES, RANDOM, flat_parameters, reference, train
 from tests.train.tiny import make_model, make_records
 

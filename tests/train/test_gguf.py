@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hdpo_train import models
 from hdpo_train.__main__ import main
-from hdpo_train.models import load_model, load_tokenizer, where_from
+from hdpo_train.model import loading as models
+from hdpo_train.model.loading import load_model, load_tokenizer, where_from
 from tests.train.test_command_line import refused
 from tests.train.tiny import VOCAB, make_model, make_records
 
@@ -138,7 +138,7 @@ def test_eval_of_a_gguf_file_goes_on_with_its_samples(folder, tmp_path, monkeypa
     given = ["--model_name_or_path", str(folder / "tiny.gguf"), "--no_self_bleu", "--output_dir", str(tmp_path)]
     main(["eval", *given, *judged(folder)])
     drawn = (tmp_path / "samples-tiny.gguf.jsonl").read_text()
-    monkeypatch.setattr("hdpo_train.problems.load_model", None)  # the same file: nothing is drawn again
+    monkeypatch.setattr("hdpo_train.cli.judging.load_model", None)  # the same file: nothing is drawn again
     main(["eval", *given, *judged(folder)])
     assert (tmp_path / "samples-tiny.gguf.jsonl").read_text() == drawn
 

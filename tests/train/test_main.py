@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from hdpo_train.__main__ import main
-from hdpo_train.report import METRICS_FILE, REPORT_FILE, read_metrics
+from hdpo_train.run.report import METRICS_FILE, REPORT_FILE, read_metrics
 from hdpo_train.trainer import HDPOTrainer
 from tests.train.commands import refused, write
 from tests.train.tiny import make_model, make_records

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from hdpo_train.report import read_metrics
+from hdpo_train.run.report import read_metrics
 from tests.train.test_trainer import make_trainer, plain_losses
 from tests.train.tiny import make_model, make_records
 

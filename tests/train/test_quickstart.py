@@ -8,8 +8,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hdpo_train import quickstart
+from hdpo_train.evaluation.scores import from_json
 from hdpo_train.quickstart import task
-from hdpo_train.scores import from_json
 
 TINY = quickstart.Settings(
     hidden_size=64, num_layers=2, sft_steps=120, sft_batch_size=64, sft_learning_rate=5e-3, pair_prompts=600,

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from hdpo_train import HDPOTrainer
-from hdpo_train.data import load_records
-from hdpo_train.report import read_metrics
+from hdpo_train.data.tokenize import load_records
+from hdpo_train.run.report import read_metrics
 
 FOLDER = Path(__file__).parents[3] / "shared" / "data"
 

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.real import data, training
 from benchmarks.table import installed
 from benchmarks.train_step import OURS, TRL
-from hdpo_train.models import load_model, load_tokenizer
+from hdpo_train.model.loading import load_model, load_tokenizer
 
 pytestmark = pytest.mark.skipif(bool(data.missing()), reason=data.missing())
 

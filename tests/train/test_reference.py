@@ -11,8 +11,8 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from hdpo_kernels import naive
 from hdpo_train import reference
-from hdpo_train.data import PairCollator, tokenize_pairs
-from hdpo_train.head import attach_loss
+from hdpo_train.data.tokenize import PairCollator, tokenize_pairs
+from hdpo_train.model.head import attach_loss
 from tests.train.tiny import make_model, make_records
 
 

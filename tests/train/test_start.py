@@ -17,7 +17,7 @@ from transformers import (
 
 from hdpo_kernels.pair import PairOptions
 from hdpo_train import HDPOTrainer, reference, start
-from hdpo_train.report import read_metrics
+from hdpo_train.run.report import read_metrics
 from tests.train.tiny import _IDS, _SIZE, VOCAB, make_model, make_records
 
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hdpo_train.checkpoints import move_in
-from hdpo_train.report import METRICS_FILE, read_metrics
-from hdpo_train.run_record import RUN_FILE
-from hdpo_train.whole import checkpoint_problem
+from hdpo_train.run.checkpoints import move_in
+from hdpo_train.run.report import METRICS_FILE, read_metrics
+from hdpo_train.run.run_record import RUN_FILE
+from hdpo_train.run.whole import checkpoint_problem
 from tests.train.tiny import make_model, make_records
 
 ROOT = Path(__file__).parents[2]

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hdpo_kernels import naive
 from hdpo_train import HDPOConfig, HDPOTrainer
-from hdpo_train.data import tokenize_pairs
-from hdpo_train.report import METRICS_FILE, REPORT_FILE, read_metrics
-from hdpo_train.whole import checkpoint_problem
+from hdpo_train.data.tokenize import tokenize_pairs
+from hdpo_train.run.report import METRICS_FILE, REPORT_FILE, read_metrics
+from hdpo_train.run.whole import checkpoint_problem
 from tests.train.tiny import VOCAB, make_model, make_records
 
 SAMPLED = {"gradient": "sampled", "epsilon": 2**-7}

@@ -7,7 +7,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hdpo_train.data import tokenize_pairs
+from hdpo_train.data.tokenize import tokenize_pairs
 
 IDS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]

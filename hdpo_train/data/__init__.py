@@ -1,0 +1,1 @@
+"""From records to token ids, and to micro-batches."""

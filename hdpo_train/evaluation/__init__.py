@@ -1,0 +1,1 @@
+"""Models on prompts whose answers a program checks."""

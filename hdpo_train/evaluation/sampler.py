@@ -1,0 +1,418 @@
+"""Samples from a model's own distribution at given temperatures: batched, seeded, resumable, with their exact entropy.
+
+    problems ── encode ──> prompt ids ── batches of (prompt, temperature, number) ── generate ──> samples
+
+Batches are fixed beforehand, and each has a seed of its own: a call that goes on where another was killed draws what
+that one would have drawn, bit for bit on the same machine with the same versions.
+"""
+
+import hashlib
+import math
+import string
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from transformers.utils import cached_file, logging
+
+from hdpo_kernels import linear_logp
+from hdpo_train.data.forms import BadRecord, chat_prompt
+from hdpo_train.evaluation.checkers import Problem
+from hdpo_train.evaluation.samples import Request, Sample, SamplesFile, before_stop, digest
+from hdpo_train.files import contents_digest
+from hdpo_train.model.head import HeadTransform, UnsupportedHead, bare, find_transform, head_of
+from hdpo_train.model.loading import backbone_of, evaluating, hash_weights, where_from
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Everything the samples of a model depend on, beside model and prompts.
+
+    Raises ValueError for a value out of range.
+    """
+
+    num_samples: int = 16  # of each prompt at each temperature; greedy: one
+    temperatures: tuple[float, ...] = (1.0,)  # 0: greedy
+    max_new_tokens: int = 256
+    batch_size: int = 64  # sequences
+    seed: int = 0
+    stop: tuple[str, ...] = ()  # a completion ends before the first of these strings; their order does not matter
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop must be strings that are not empty, got {self.stop!r}")
+        object.__setattr__(self, "stop", tuple(sorted(set(self.stop))))
+        for name in ("num_samples", "max_new_tokens", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be a whole number from 0 on, got {self.seed}")
+        if bad := [t for t in self.temperatures if not 0 <= t < math.inf]:
+            raise ValueError(f"a temperature must be a number from 0 on, got {bad[0]}")
+        if len(set(self.temperatures)) < len(self.temperatures):
+            raise ValueError(f"a temperature is given twice: {self.temperatures}")
+
+
+class Sampler:
+    """Draws samples of every problem's prompt from one model, at every temperature.
+
+    problems: at least one. name: what to call the model in messages and in the file of samples. entropy: compute it, by
+    one more forward of the backbone over prompt and completion.
+    Raises ValueError for a prompt without a token, or messages that the tokenizer's chat template refuses.
+    """
+
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        tokenizer: PreTrainedTokenizerBase,
+        options: SamplingOptions,
+        *,
+        name: str = "the model",
+        entropy: bool = True,
+    ) -> None:
+        if not problems:
+            raise ValueError("there is no prompt to sample from")
+        self.tokenizer, self.options, self.name, self.entropy = tokenizer, options, name, entropy
+        self.samples: list[Sample] = []  # drawn so far: by temperature, prompt, number
+        self._decode = decoder(tokenizer)
+        self._prompts = digest([problem.prompt for problem in problems])
+        self._prompt_ids = encode(problems, tokenizer)
+        self._batches = _batches(len(problems), options)
+        self._num_drawn = 0
+        self._file: SamplesFile | None = None
+
+    def keep_in(self, path: Path, fingerprint: str) -> None:
+        """Go on from the samples in this file, and append those that `run` draws.
+
+        fingerprint: of the model. Raises ValueError if the file is of another model, other prompts or other options.
+        """
+        header = {
+            "name": self.name,
+            "model": fingerprint,
+            "prompts": self._prompts,
+            "prompt_ids": digest(self._prompt_ids),  # changes with the tokenizer and the chat template
+            **asdict(self.options),
+        }
+        if not self.options.stop:
+            del header["stop"]  # files from before there were stop strings lack it too
+        self._file = SamplesFile(path, header, self._batches)
+        self.samples, self._num_drawn = list(self._file.samples), self._file.num_batches
+
+    @property
+    def missing(self) -> int:
+        """Number of batches that are to be drawn."""
+        return len(self._batches) - self._num_drawn
+
+    def run(self, model: PreTrainedModel) -> list[Sample]:
+        """Draw what is missing; returns all samples.
+
+        Raises ValueError if a prompt and max_new_tokens do not fit the model, FloatingPointError where logits are not
+        finite. A head that is not softcap(scale · (h Wᵀ + b)) gives no entropy, and a warning.
+        """
+        _check_lengths(model, self._prompt_ids, self.options.max_new_tokens)
+        transform = _transform_or_warn(model) if self.entropy else None
+        progress = tqdm(
+            total=len(self._batches), initial=self._num_drawn, desc=f"Sampling, {self.name}", unit="batch", leave=False
+        )
+        with (
+            progress,
+            _in_eval_mode(model),
+            _own_distribution(model, self.tokenizer, self.options.max_new_tokens) as ends,
+        ):
+            for number in range(self._num_drawn, len(self._batches)):
+                samples = self._draw(model, self._batches[number], number, ends, transform)
+                if self._file is not None:
+                    self._file.append(samples)
+                self.samples += samples
+                self._num_drawn += 1
+                progress.update()
+        return self.samples
+
+    @torch.no_grad()
+    def _draw(
+        self, model: PreTrainedModel, batch: list[Request], number: int, ends: set[int], transform: HeadTransform | None
+    ) -> list[Sample]:
+        temperature = batch[0].temperature
+        prompts = [self._prompt_ids[request.prompt] for request in batch]
+        torch.manual_seed(_seed(self.options.seed, temperature, number))
+        stop = self.options.stop
+        stopping = {"stopping_criteria": [_HasStop(self._decode, stop, max(map(len, prompts)))]} if stop else {}
+        completions = _complete(model, prompts, temperature, ends, **stopping)
+        completions = [_up_to_stop(tokens, stop, self._decode) for tokens in completions]
+        nats: list[float | None] = [None] * len(batch)
+        if transform is not None:
+            nats = [*entropies(model, transform, prompts, completions, temperature or 1.0)]
+            if bad := [r for r, value in zip(batch, nats, strict=True) if not math.isfinite(value or 0)]:
+                raise FloatingPointError(f"{self.name} gives prompt {bad[0].prompt + 1} logits that are not finite")
+        samples = []
+        for request, tokens, entropy in zip(batch, completions, nats, strict=True):
+            text = self._decode(tokens)
+            kept = before_stop(text, stop)
+            samples.append(Sample(*request, kept, len(tokens), entropy, tokens[-1] in ends or kept != text))
+        return samples
+
+
+def answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], options: SamplingOptions
+) -> list[list[str]]:
+    """Of every prompt its samples' texts."""
+    samples = Sampler([Problem(prompt, {}) for prompt in prompts], tokenizer, options, entropy=False).run(model)
+    texts: list[list[str]] = [[] for _ in prompts]
+    for sample in samples:
+        texts[sample.prompt].append(sample.completion)
+    return texts
+
+
+@torch.no_grad()
+def own_entropy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[list[int]], max_new_tokens: int,
+    seed: int, batch_size: int = 64,
+) -> tuple[float, int]:  # fmt: skip
+    """Sum of nats, and tokens, of one answer to each prompt, drawn from the model's own distribution.
+
+    An answer is cut where the model's positions end. The random numbers are always those of the seed; torch's own
+    generator is left as it was.
+    """
+    transform, nats, tokens = find_transform(bare(model)), 0.0, 0
+    by_length = sorted(prompt_ids, key=len)  # so that long prompts cut no answer but their own
+    with _in_eval_mode(model), _own_distribution(model, tokenizer, max_new_tokens) as ends:
+        torch.manual_seed(seed)
+        for start in range(0, len(by_length), batch_size):
+            prompts = by_length[start : start + batch_size]
+            room = max((_positions(model) or math.inf) - len(prompts[-1]), 1)
+            completions = _complete(model, prompts, 1.0, ends, max_new_tokens=int(min(max_new_tokens, room)))
+            nats += sum(entropies(model, transform, prompts, completions, 1.0))
+            tokens += sum(map(len, completions))
+    return nats, tokens
+
+
+def encode(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of the prompts as in training: a string as the tokenizer takes it, messages by its chat template."""
+    encoded = []
+    for number, (prompt, record) in enumerate(problems, 1):
+        is_chat = not isinstance(prompt, str)
+        if is_chat and not tokenizer.chat_template:
+            raise ValueError(
+                f"prompt {number} is of chat messages, but the tokenizer has no chat template: use the tokenizer of a "
+                "chat model, or give prompts as strings"
+            )
+        try:
+            text = chat_prompt(prompt, record, tokenizer) if is_chat else prompt
+        except BadRecord as error:
+            raise ValueError(f"prompt {number}: {error}") from error
+        ids = tokenizer(text, add_special_tokens=not is_chat, verbose=False)["input_ids"]
+        if ids[-1:] == [tokenizer.eos_token_id] and not str(text).endswith(str(tokenizer.eos_token)):
+            ids = ids[:-1]  # of a tokenizer that ends every text; a prompt goes on
+        if not ids:
+            raise ValueError(f"prompt {number} is empty: there is no token to go on from")
+        encoded.append(ids)
+    return encoded
+
+
+def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
+    """Token ids of a completion -> its text, without special tokens.
+
+    Sentencepiece-like tokenizers take a space off the start of a text, and a completion is no start: it is decoded
+    behind a letter where the tokenizer has one that comes back as it was.
+    """
+    start: list[int] = []
+    for letter in string.ascii_letters + string.digits:
+        ids = tokenizer(letter, add_special_tokens=False)["input_ids"]
+        if ids and tokenizer.decode(ids, skip_special_tokens=True) == letter:
+            start = ids
+            break
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode([*start, *ids], skip_special_tokens=True))[1 if start else 0 :]
+
+    return decode
+
+
+def entropies(
+    model: PreTrainedModel,
+    transform: HeadTransform,
+    prompts: Sequence[list[int]],
+    completions: Sequence[list[int]],
+    temperature: float,
+) -> Iterator[float]:
+    """Of every completion, the sum over its tokens of the entropy, nats, of the distribution they were drawn from.
+
+    softmax(logits / T), exact, from one forward of the backbone and without logits: with softcap c and scale s,
+    logits / T = c / T · tanh(s / T · x / (c / T)). Logits are fp32, where a bf16 model's generate rounds them first.
+    """
+    inner, head = bare(model), head_of(bare(model))
+    # padded on the right: positions count from each prompt's start, and no token sees the padding
+    texts = [(prompt + completion)[:-1] for prompt, completion in zip(prompts, completions, strict=True)]
+    width = max(map(len, texts))
+    ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=model.device)
+    hidden: Tensor = backbone_of(inner)(input_ids=ids, use_cache=False).last_hidden_state
+    rows = [
+        number * width + len(prompt) - 1 + step
+        for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+        for step in range(len(completion))
+    ]
+    scored = hidden.flatten(0, 1)[torch.tensor(rows, device=hidden.device)]
+    labels = torch.tensor([token for tokens in completions for token in tokens], device="cpu")
+    result = linear_logp(
+        scored.to(head.weight), head.weight, labels,
+        bias=head.bias, softcap=None if transform.softcap is None else transform.softcap / temperature,
+        logit_scale=transform.logit_scale / temperature,
+    )  # fmt: skip
+    for part in result.entropy.double().cpu().split([len(completion) for completion in completions]):
+        yield part.sum().item()
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """Short SHA-256 over the weights and the tokens that end a text."""
+    sha = hashlib.sha256(str(model.generation_config and model.generation_config.eos_token_id).encode())
+    hash_weights(sha, model)
+    return sha.hexdigest()[:16]
+
+
+def files_fingerprint(model_name_or_path: str) -> str:
+    """The same for a model that need not be loaded: SHA-256 over its files here, or a hub id's commit."""
+    name, gguf = where_from(model_name_or_path)
+    folder = Path(name)
+    if gguf and folder.is_dir():
+        return contents_digest(Path(gguf["gguf_file"]))
+    if not folder.is_dir():
+        cached = str(cached_file(name, gguf.get("gguf_file", "config.json")))
+        return f"{model_name_or_path} {cached.partition('/snapshots/')[2].partition('/')[0]}"
+    patterns = ("config.json", "generation_config.json", "adapter_config.json", "*.safetensors", "pytorch_model*.bin")
+    sha = hashlib.sha256()
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+        sha.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(2**24):
+                sha.update(block)
+    return sha.hexdigest()[:16]
+
+
+def _complete(
+    model: PreTrainedModel, prompts: Sequence[list[int]], temperature: float, ends: set[int], **choice: Any
+) -> list[list[int]]:
+    """A completion of each prompt, up to its end. choice: more of what `generate` takes."""
+    choice["do_sample"] = temperature > 0
+    if temperature > 0:
+        choice |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    generator: Any = bare(model)
+    output = generator.generate(input_ids=ids, attention_mask=mask, **choice)
+    return [_up_to_the_end(row, ends) for row in output[:, width:].tolist()]
+
+
+class _HasStop(StoppingCriteria):
+    """Ends generation where every row has a stop string. It saves time only: what a sample is, `_up_to_stop` decides.
+
+    Unlike the stop strings of `generate`, one that begins in the prompt does not count.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], stop: tuple[str, ...], start: int) -> None:
+        self.decode, self.stop, self.start = decode, stop, start
+        self.tail = max(len(text.encode()) for text in stop) + 8  # tokens: few have less than a byte of text
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        completions = input_ids[:, self.start :]
+        return torch.tensor([self._stops(row) for row in completions.tolist()], device=input_ids.device)
+
+    def _stops(self, tokens: list[int]) -> bool:
+        tail = tokens[-self.tail :]
+        return _contains(tail, self.stop, self.decode) and _contains(tokens, self.stop, self.decode)
+
+
+def _contains(tokens: list[int], stop: tuple[str, ...], decode: Callable[[list[int]], str]) -> bool:
+    text = decode(tokens)
+    return any(each in text for each in stop)
+
+
+def _up_to_stop(tokens: list[int], stop: tuple[str, ...], decode: Callable[[list[int]], str]) -> list[int]:
+    """With the token that completes the first stop string, counted as an end token is; all if there is none."""
+    if not stop or not _contains(tokens, stop, decode):
+        return tokens
+    shorter = range(1, len(tokens))
+    return tokens[: 1 + bisect_left(shorter, True, key=lambda size: _contains(tokens[:size], stop, decode))]
+
+
+def _batches(num_prompts: int, options: SamplingOptions) -> list[list[Request]]:
+    """Samples of one temperature each; those of a prompt together, so that little is padded."""
+    batches = []
+    for temperature in options.temperatures:
+        each = options.num_samples if temperature else 1
+        requests = [Request(prompt, temperature, number) for prompt in range(num_prompts) for number in range(each)]
+        batches += [requests[i : i + options.batch_size] for i in range(0, len(requests), options.batch_size)]
+    return batches
+
+
+def _seed(seed: int, temperature: float, batch: int) -> int:
+    return int(hashlib.sha256(f"{seed} {temperature!r} {batch}".encode()).hexdigest()[:15], 16)
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _check_lengths(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> None:
+    most = _positions(model)
+    number = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if most is not None and len(prompts[number]) + max_new_tokens > most:
+        raise ValueError(
+            f"prompt {number + 1} has {len(prompts[number])} tokens, with max_new_tokens = {max_new_tokens} more than "
+            f"the {most} positions of the model: lower max_new_tokens, or leave long prompts out"
+        )
+
+
+def _transform_or_warn(model: PreTrainedModel) -> HeadTransform | None:
+    try:
+        return find_transform(bare(model))
+    except UnsupportedHead as error:
+        logger.warning(f"no entropy: {error}")
+        return None
+
+
+@contextmanager
+def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout; mode and torch's random state are restored."""
+    devices = [model.device] if model.device.type == "cuda" else []
+    with evaluating(model), torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
+def _own_distribution(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+) -> Iterator[set[int]]:
+    """Set the model's generation config aside: what a call leaves out, such as penalties, would be taken from it.
+
+    Gives the tokens that end a text: those of that config, and the tokenizer's.
+    """
+    inner: Any = bare(model)
+    original = inner.generation_config
+    ends = getattr(original, "eos_token_id", None)
+    tokens = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(tokens, default=0)
+    inner.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=sorted(tokens) or None
+    )
+    try:
+        yield tokens
+    finally:
+        inner.generation_config = original
+
+
+def _up_to_the_end(tokens: list[int], ends: set[int]) -> list[int]:
+    """With the first token that ends the text; the rest is padding."""
+    stop = next((i for i, token in enumerate(tokens, 1) if token in ends), len(tokens))
+    return tokens[:stop]

@@ -1,0 +1,1 @@
+"""Models: loaded, and what runs inside of them."""

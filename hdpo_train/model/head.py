@@ -1,0 +1,179 @@
+"""The only file that knows the inside of a transformers model: backbone → hidden states, LM head, softcap, scale.
+
+The loss is computed inside the root model's forward, and there inside the LM head module's call, so that whatever
+hooks on these calls (DDP's reducer, FSDP's and ZeRO-3's gathering of sharded weights, accelerate's autocast) sees it.
+"""
+
+import types
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hdpo_kernels import linear_hdpo_loss
+from hdpo_train.model.loading import backbone_of, evaluating
+from hdpo_train.model.packing import Places, backbone_inputs
+
+
+class UnsupportedHead(ValueError):
+    """The model's head is not softcap(scale · (h Wᵀ + b))."""
+
+
+class HeadTransform(NamedTuple):
+    """logits = softcap · tanh(logit_scale · (h Wᵀ + b) / softcap)"""
+
+    softcap: float | None
+    logit_scale: float
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        logits = logits * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+class PairBatch:
+    """What the loss needs beside the backbone's inputs; see `data.PairCollator`.
+
+    No tuple and no dataclass: FSDP would find ref_logps in it, and round them to the parameters' dtype.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        labels: Tensor,
+        cu_seqlens: list[int],
+        ref_logps: Tensor | None,
+        loss_kwargs: Mapping[str, Any],
+    ) -> None:
+        self.rows = rows  # (N,) positions in the flattened (B · R) whose hidden state predicts a completion token
+        self.labels = labels  # (N,) those tokens
+        self.cu_seqlens = cu_seqlens  # 2P + 1 boundaries in N
+        self.ref_logps = ref_logps  # (2P,)
+        self.loss_kwargs = loss_kwargs  # keywords of linear_hdpo_loss
+
+
+def attach_loss(model: PreTrainedModel, transform: HeadTransform | None = None) -> None:
+    """Teach `model(input_ids=…, places=…, pairs=…)` to return an HDPOLoss; without pairs as before.
+
+    Nothing of a run is kept in the model: it may be copied, and several trainers may share it.
+
+    model: the bare transformers model (inside any peft wrapper), before it is wrapped for distributed training.
+    transform: what comes after the head, if it need not be found out.
+    Raises UnsupportedHead, with the model's name and the reason, if its head cannot be represented.
+    """
+    head: Any = head_of(model)
+    head.transform = transform or find_transform(model)
+    head.forward = types.MethodType(_HeadWithLoss.forward, head)
+    model.forward = types.MethodType(_ModelWithLoss.forward, model)
+
+
+# Both are bound to a module as its forward. They know it as `self` alone, so that a copy of the module runs with its
+# own weights; and they have that name because pickle stores a bound method by its name.
+
+
+class _ModelWithLoss(PreTrainedModel):
+    def forward(self, *args: Any, pairs: PairBatch | None = None, places: Places | None = None, **kwargs: Any) -> Any:
+        if pairs is None:
+            return type(self).forward(self, *args, **kwargs)
+        inputs = {} if places is None else backbone_inputs(self, places)
+        hidden = backbone_of(self)(input_ids=kwargs["input_ids"], **inputs, use_cache=False).last_hidden_state
+        scored = hidden.flatten(0, 1).index_select(0, pairs.rows.to(hidden.device))  # (B, R, H) -> (N, H)
+        return head_of(self)(scored, pairs)
+
+
+class _HeadWithLoss(nn.Linear):
+    transform: HeadTransform
+
+    @torch.compiler.disable  # alpha may change with every step, and a float is a constant of a compiled graph
+    def forward(self, hidden: Tensor, pairs: PairBatch | None = None) -> Any:  # type: ignore[override]
+        if pairs is None:
+            return type(self).forward(self, hidden)
+        if hidden.dtype != self.weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(self.weight.dtype)  # a norm in fp32 above a bf16 head
+        return linear_hdpo_loss(
+            hidden, self.weight, pairs.labels, pairs.cu_seqlens, pairs.ref_logps,
+            bias=self.bias, softcap=self.transform.softcap, logit_scale=self.transform.logit_scale, **pairs.loss_kwargs,
+        )  # fmt: skip
+
+
+def bare(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a peft wrapper."""
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(f"the model must be a transformers PreTrainedModel, got {type(inner).__name__}")
+    return inner
+
+
+def head_of(model: PreTrainedModel) -> nn.Linear:
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedHead(f"{name} is an encoder-decoder; a decoder-only causal language model is needed")
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        raise UnsupportedHead(
+            f"{name} is set to add a router loss (output_router_logits=True), which this loss leaves out; "
+            "set it to False in the model's config to train without it"
+        )
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or len(whole_shape(head.weight)) != 2 or not head.weight.is_floating_point():
+        raise UnsupportedHead(
+            f"the LM head of {name} is a {type(head).__name__}, not a plain nn.Linear; "
+            "leave the head out of LoRA's target_modules and modules_to_save, and unquantized"
+        )
+    return head
+
+
+def whole_shape(weight: Tensor) -> torch.Size:
+    """Of a weight that ZeRO-3 may have cut into shards."""
+    return getattr(weight, "ds_shape", weight.shape)
+
+
+def find_transform(model: PreTrainedModel) -> HeadTransform:
+    """Softcap and logit scale by the model's config, checked against what its forward does to the head's output.
+
+    The head's output is replaced by a ramp from -60 to 60 on its way out, so that a softcap or a scale is seen in full
+    whatever the model's weights are.
+    """
+    name, config = type(model).__name__, model.config.get_text_config()
+    seen: dict[str, Tensor] = {}
+
+    def ramp(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        seen["hidden"] = args[0].detach()
+        seen["ramp"] = torch.linspace(-60, 60, output.numel(), device=output.device).view_as(output).to(output.dtype)
+        return seen["ramp"]
+
+    ids = torch.arange(2, device=head_of(model).weight.device).unsqueeze(0)
+    hook = head_of(model).register_forward_hook(ramp)
+    try:
+        with torch.no_grad(), evaluating(model):
+            logits = model(input_ids=ids, use_cache=False).logits.float()
+            hidden = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state
+    finally:
+        hook.remove()
+    if (
+        "hidden" not in seen
+        or seen["hidden"].shape != hidden.shape
+        or not torch.allclose(seen["hidden"], hidden, equal_nan=True)
+    ):
+        raise UnsupportedHead(f"{name} changes its hidden states between backbone and head; it cannot be fused")
+    tolerance = {torch.float32: 1e-4, torch.float64: 1e-4}.get(seen["ramp"].dtype, 2e-2)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    for scale in _scales(config):
+        transform = HeadTransform(softcap, scale)
+        expected = transform(seen["ramp"].float())
+        if (logits - expected).abs().max() <= tolerance * expected.abs().max():
+            return transform
+    raise UnsupportedHead(
+        f"{name} does something to its logits that its config's final_logit_softcapping={softcap} and scale "
+        f"{' or '.join(f'{s:g}' for s in _scales(config))} do not explain; its head cannot be fused"
+    )
+
+
+def _scales(config: Any) -> list[float]:
+    """Candidates for the factor on the logits. Families disagree on the name, and on multiplying or dividing."""
+    named = [getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier", "output_multiplier")]
+    scales = [float(value) for value in named if isinstance(value, (int, float))]
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor:
+        scales += [1 / float(divisor), float(divisor)]
+    return scales or [1.0]

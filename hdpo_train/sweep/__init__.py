@@ -1,0 +1,1 @@
+"""Several α and seeds from one model, and what they show."""
