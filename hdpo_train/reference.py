@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,9 @@ from transformers.utils import logging
 
 from hdpo_train.data.own_reference import COLUMNS
 from hdpo_train.data.tokenize import PairCollator
-from hdpo_train.model.head import PairBatch, bare
-from hdpo_train.model.loading import adapter_configs, evaluating, hash_weights
-from hdpo_train.model.packing import Places
+from hdpo_train.model.fingerprint import hash_weights
+from hdpo_train.model.head import bare, model_inputs
+from hdpo_train.model.loading import adapter_configs, evaluating
 from hdpo_train.ranks import as_in_training, gathered, shards
 
 logger = logging.get_logger(__name__)
@@ -148,22 +147,6 @@ def _compute(
             "check its weights, or train in bf16 or fp32 if this is fp16"
         )
     return logps
-
-
-def model_inputs(batch: Mapping, device: torch.device, loss_kwargs: Mapping[str, Any]) -> dict:
-    """Keywords of the model's forward for a batch of `PairCollator`; loss_kwargs: those of `linear_hdpo_loss`.
-
-    Labels stay on the host, where the loss checks them before it takes them to the device itself.
-    """
-    on_device: dict[str, Any] = {
-        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()
-    }
-    labels = batch["labels"].tensor
-    pairs = PairBatch(on_device["rows"], labels, batch["cu_seqlens"], on_device.get("ref_logps"), loss_kwargs)
-    inputs = {"input_ids": on_device["input_ids"], "pairs": pairs}
-    if "documents" in batch:
-        inputs["places"] = Places(*(on_device[name] for name in Places._fields))
-    return inputs
 
 
 def _checksum(logps: Tensor) -> str:

@@ -24,10 +24,10 @@ from transformers.utils import logging
 from hdpo_kernels.pair import PairOptions, initial_margins
 from hdpo_train.data.own_reference import COLUMNS
 from hdpo_train.data.tokenize import PairCollator, pair_lengths
-from hdpo_train.model.head import bare
+from hdpo_train.model.head import bare, model_inputs
 from hdpo_train.model.loading import evaluating, max_positions, varies_beyond
 from hdpo_train.ranks import as_in_training, gathered
-from hdpo_train.reference import model_inputs, with_reference
+from hdpo_train.reference import with_reference
 
 logger = logging.get_logger(__name__)
 _PAIRS = 4  # that stand for all

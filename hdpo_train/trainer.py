@@ -24,10 +24,10 @@ from hdpo_train.data.own_reference import COLUMNS, OF_TRL
 from hdpo_train.data.records import training_split
 from hdpo_train.data.sampler import TokenBudgetSampler
 from hdpo_train.data.tokenize import PairCollator, pair_lengths, pair_tokens, tokenize_pairs
-from hdpo_train.evaluation.sampler import own_entropy
 from hdpo_train.inherited import check_arguments, check_best_metric, check_optimizer
 from hdpo_train.metrics import batch_sums, finite, means
-from hdpo_train.model.head import attach_loss, bare, head_of, whole_shape
+from hdpo_train.model.generation import own_entropy
+from hdpo_train.model.head import attach_loss, bare, head_of, model_inputs, whole_shape
 from hdpo_train.model.loading import adapter_configs, check_trainable, load_model, load_tokenizer, make_policy
 from hdpo_train.model.packing import find_layout
 from hdpo_train.model.tiles import tile_sequences, tile_tokens
@@ -40,7 +40,6 @@ from hdpo_train.ranks import (
     shards,
     weights,
 )
-from hdpo_train.reference import model_inputs
 from hdpo_train.run.output_dir import refuse_base_model
 from hdpo_train.run.report import RunReport, mean_loss
 from hdpo_train.run.resuming import ResumableTrainer

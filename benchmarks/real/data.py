@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 from transformers.utils import is_gguf_available
 
 from hdpo_train.data.tokenize import load_records
-from hdpo_train.evaluation.checkers import Problem
 from hdpo_train.evaluation.pairs import draw_pairs, judge_samples
+from hdpo_train.evaluation.problems import Problem
 from hdpo_train.evaluation.sampler import Sampler, SamplingOptions
 from hdpo_train.files import write_whole
 from hdpo_train.model.loading import load_model, load_tokenizer

@@ -21,7 +21,7 @@ from hdpo_train.cli.judging import (
     samples_of,
 )
 from hdpo_train.command_line import Parser, WideHelp, add_option, check_output_dir
-from hdpo_train.evaluation.evaluate import EvalOptions, grade
+from hdpo_train.evaluation.evaluate import DEFAULT_K, EvalOptions, grade
 from hdpo_train.evaluation.report import draw, drawn, markdown
 from hdpo_train.evaluation.sampler import Sampler
 from hdpo_train.evaluation.samples import read_samples
@@ -31,7 +31,6 @@ from hdpo_train.model.loading import in_gguf
 from hdpo_train.run.lock import locked
 
 RESULTS_FILE, TABLE_FILE, PLOT_FILE = "results.json", "results.md", "results.png"
-DEFAULT_K = (1, 4, 8)
 _DESCRIPTION = """\
 What models can do on prompts whose answers a program checks: greedy and sampled accuracy, pass@k, diversity, entropy,
 with 95 % intervals.

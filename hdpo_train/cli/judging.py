@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 from hdpo_train.command_line import OptionGroup, add_option
-from hdpo_train.data.forms import written_rows
-from hdpo_train.data.records import load_records
-from hdpo_train.evaluation.checkers import Checker, Problem, make_checker
+from hdpo_train.evaluation.checkers import Checker, make_checker
 from hdpo_train.evaluation.evaluate import check_records
-from hdpo_train.evaluation.sampler import Sampler, SamplingOptions, files_fingerprint
+from hdpo_train.evaluation.problems import Problem, load_problems
+from hdpo_train.evaluation.sampler import Sampler, SamplingOptions
 from hdpo_train.evaluation.samples import Sample
+from hdpo_train.model.fingerprint import files_fingerprint
 from hdpo_train.model.loading import load_model, load_tokenizer
 
 _CHECKERS = """\
@@ -72,30 +72,6 @@ def load_judged_problems(options: argparse.Namespace, limit: int | None = None) 
     )
     check_records(checker, problems, options.checker)
     return problems, checker
-
-
-def load_problems(name: str, *, prompt_column: str = "prompt", limit: int | None = None) -> list[Problem]:
-    """The problems of a .jsonl, .json (also .gz) or .parquet file: in the column of prompts, texts or chat messages.
-
-    limit: so many from the start. Raises FileNotFoundError, or ValueError for a file that is empty or malformed, lacks
-    the column, or has something else in it.
-    """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, got {limit}")
-    dataset = load_records(name)
-    if prompt_column not in dataset.column_names:
-        columns = ", ".join(dataset.column_names)
-        raise ValueError(f"{name} has no column {prompt_column!r}, it has {columns}: --prompt_column names the prompts")
-    problems = []
-    rows = written_rows(dataset.select(range(min(limit or len(dataset), len(dataset)))))
-    for number, record in enumerate(rows, 1):
-        prompt = record[prompt_column]
-        if not isinstance(prompt, str | list):
-            raise ValueError(f"{name}, record {number}: {prompt_column} is neither a text nor messages, but {prompt!r}")
-        problems.append(Problem(prompt, record))
-    if not problems:
-        raise ValueError(f"{name} is empty: there is no prompt in it")
-    return problems
 
 
 def add_sampling_options(group: OptionGroup, of_ready_made: str) -> None:

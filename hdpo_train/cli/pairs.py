@@ -24,8 +24,9 @@ from hdpo_train.cli.judging import (
 )
 from hdpo_train.command_line import Parser, UsageError, WideHelp, add_option, check_output_dir
 from hdpo_train.data.forms import BadRecord, from_messages
-from hdpo_train.evaluation.checkers import Checker, Problem
+from hdpo_train.evaluation.checkers import Checker
 from hdpo_train.evaluation.pairs import Judged, Pair, draw_pairs, judge_samples
+from hdpo_train.evaluation.problems import Problem
 from hdpo_train.evaluation.sampler import SamplingOptions
 from hdpo_train.evaluation.samples import Sample, read_samples
 from hdpo_train.files import write_whole

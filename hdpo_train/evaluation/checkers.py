@@ -15,24 +15,18 @@ import reprlib
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers.utils import logging
 
 from hdpo_train.command_line import did_you_mean
 from hdpo_train.evaluation.answers import chosen_letter, final_number
+from hdpo_train.evaluation.problems import Problem
 from hdpo_train.evaluation.programs import solution
 from hdpo_train.evaluation.sandbox import Sandbox
 from hdpo_train.evaluation.worker import Fault, Worker
 
 logger = logging.get_logger(__name__)
-
-
-class Problem(NamedTuple):
-    """A line of a prompt file: its prompt, text or chat messages, and the whole record."""
-
-    prompt: str | list[dict[str, str]]
-    record: dict[str, Any]
 
 
 Checker = Callable[[Problem, str], bool]  # (problem, completion) -> is it right?

@@ -9,11 +9,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hdpo_train.evaluation.checkers import Checker, Problem, unit_test_program
-from hdpo_train.evaluation.sampler import Sampler, SamplingOptions, weights_fingerprint
+from hdpo_train.evaluation.checkers import Checker, unit_test_program
+from hdpo_train.evaluation.problems import Problem
+from hdpo_train.evaluation.sampler import Sampler, SamplingOptions
 from hdpo_train.evaluation.samples import Sample
 from hdpo_train.evaluation.scores import Evaluation, Scores, Unjudged, score, sentence_bleu
 from hdpo_train.evaluation.worker import Fault
+from hdpo_train.model.fingerprint import weights_fingerprint
 
 logger = logging.get_logger(__name__)
 
@@ -165,3 +167,6 @@ def judge(checker: Checker, problem: Problem, completion: str, number: int) -> b
         raise
     except ValueError as error:
         raise ValueError(f"prompt {number}: {error}") from error
+
+
+DEFAULT_K = (1, 4, 8)

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
-from hdpo_train.evaluation.checkers import Checker, Problem
+from hdpo_train.evaluation.checkers import Checker
 from hdpo_train.evaluation.evaluate import verdicts
+from hdpo_train.evaluation.problems import Problem
 from hdpo_train.evaluation.samples import Sample
 from hdpo_train.evaluation.worker import Fault
 

@@ -8,27 +8,29 @@ that one would have drawn, bit for bit on the same machine with the same version
 
 import hashlib
 import math
-import string
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
-from transformers.utils import cached_file, logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from transformers.utils import logging
 
-from hdpo_kernels import linear_logp
 from hdpo_train.data.forms import BadRecord, chat_prompt
-from hdpo_train.evaluation.checkers import Problem
+from hdpo_train.evaluation.problems import Problem
 from hdpo_train.evaluation.samples import Request, Sample, SamplesFile, before_stop, digest
-from hdpo_train.files import contents_digest
-from hdpo_train.model.head import HeadTransform, UnsupportedHead, bare, find_transform, head_of
-from hdpo_train.model.loading import backbone_of, evaluating, hash_weights, where_from
+from hdpo_train.model.generation import (
+    complete,
+    decoder,
+    drawing,
+    entropies,
+    own_distribution,
+    positions,
+)
+from hdpo_train.model.head import HeadTransform, UnsupportedHead, bare, find_transform
 
 logger = logging.get_logger(__name__)
 
@@ -127,8 +129,8 @@ class Sampler:
         )
         with (
             progress,
-            _in_eval_mode(model),
-            _own_distribution(model, self.tokenizer, self.options.max_new_tokens) as ends,
+            drawing(model),
+            own_distribution(model, self.tokenizer, self.options.max_new_tokens) as ends,
         ):
             for number in range(self._num_drawn, len(self._batches)):
                 samples = self._draw(model, self._batches[number], number, ends, transform)
@@ -148,7 +150,7 @@ class Sampler:
         torch.manual_seed(_seed(self.options.seed, temperature, number))
         stop = self.options.stop
         stopping = {"stopping_criteria": [_HasStop(self._decode, stop, max(map(len, prompts)))]} if stop else {}
-        completions = _complete(model, prompts, temperature, ends, **stopping)
+        completions = complete(model, prompts, temperature, ends, **stopping)
         completions = [_up_to_stop(tokens, stop, self._decode) for tokens in completions]
         nats: list[float | None] = [None] * len(batch)
         if transform is not None:
@@ -174,29 +176,6 @@ def answers(
     return texts
 
 
-@torch.no_grad()
-def own_entropy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[list[int]], max_new_tokens: int,
-    seed: int, batch_size: int = 64,
-) -> tuple[float, int]:  # fmt: skip
-    """Sum of nats, and tokens, of one answer to each prompt, drawn from the model's own distribution.
-
-    An answer is cut where the model's positions end. The random numbers are always those of the seed; torch's own
-    generator is left as it was.
-    """
-    transform, nats, tokens = find_transform(bare(model)), 0.0, 0
-    by_length = sorted(prompt_ids, key=len)  # so that long prompts cut no answer but their own
-    with _in_eval_mode(model), _own_distribution(model, tokenizer, max_new_tokens) as ends:
-        torch.manual_seed(seed)
-        for start in range(0, len(by_length), batch_size):
-            prompts = by_length[start : start + batch_size]
-            room = max((_positions(model) or math.inf) - len(prompts[-1]), 1)
-            completions = _complete(model, prompts, 1.0, ends, max_new_tokens=int(min(max_new_tokens, room)))
-            nats += sum(entropies(model, transform, prompts, completions, 1.0))
-            tokens += sum(map(len, completions))
-    return nats, tokens
-
-
 def encode(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of the prompts as in training: a string as the tokenizer takes it, messages by its chat template."""
     encoded = []
@@ -218,100 +197,6 @@ def encode(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> l
             raise ValueError(f"prompt {number} is empty: there is no token to go on from")
         encoded.append(ids)
     return encoded
-
-
-def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
-    """Token ids of a completion -> its text, without special tokens.
-
-    Sentencepiece-like tokenizers take a space off the start of a text, and a completion is no start: it is decoded
-    behind a letter where the tokenizer has one that comes back as it was.
-    """
-    start: list[int] = []
-    for letter in string.ascii_letters + string.digits:
-        ids = tokenizer(letter, add_special_tokens=False)["input_ids"]
-        if ids and tokenizer.decode(ids, skip_special_tokens=True) == letter:
-            start = ids
-            break
-
-    def decode(ids: list[int]) -> str:
-        return str(tokenizer.decode([*start, *ids], skip_special_tokens=True))[1 if start else 0 :]
-
-    return decode
-
-
-def entropies(
-    model: PreTrainedModel,
-    transform: HeadTransform,
-    prompts: Sequence[list[int]],
-    completions: Sequence[list[int]],
-    temperature: float,
-) -> Iterator[float]:
-    """Of every completion, the sum over its tokens of the entropy, nats, of the distribution they were drawn from.
-
-    softmax(logits / T), exact, from one forward of the backbone and without logits: with softcap c and scale s,
-    logits / T = c / T · tanh(s / T · x / (c / T)). Logits are fp32, where a bf16 model's generate rounds them first.
-    """
-    inner, head = bare(model), head_of(bare(model))
-    # padded on the right: positions count from each prompt's start, and no token sees the padding
-    texts = [(prompt + completion)[:-1] for prompt, completion in zip(prompts, completions, strict=True)]
-    width = max(map(len, texts))
-    ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=model.device)
-    hidden: Tensor = backbone_of(inner)(input_ids=ids, use_cache=False).last_hidden_state
-    rows = [
-        number * width + len(prompt) - 1 + step
-        for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
-        for step in range(len(completion))
-    ]
-    scored = hidden.flatten(0, 1)[torch.tensor(rows, device=hidden.device)]
-    labels = torch.tensor([token for tokens in completions for token in tokens], device="cpu")
-    result = linear_logp(
-        scored.to(head.weight), head.weight, labels,
-        bias=head.bias, softcap=None if transform.softcap is None else transform.softcap / temperature,
-        logit_scale=transform.logit_scale / temperature,
-    )  # fmt: skip
-    for part in result.entropy.double().cpu().split([len(completion) for completion in completions]):
-        yield part.sum().item()
-
-
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """Short SHA-256 over the weights and the tokens that end a text."""
-    sha = hashlib.sha256(str(model.generation_config and model.generation_config.eos_token_id).encode())
-    hash_weights(sha, model)
-    return sha.hexdigest()[:16]
-
-
-def files_fingerprint(model_name_or_path: str) -> str:
-    """The same for a model that need not be loaded: SHA-256 over its files here, or a hub id's commit."""
-    name, gguf = where_from(model_name_or_path)
-    folder = Path(name)
-    if gguf and folder.is_dir():
-        return contents_digest(Path(gguf["gguf_file"]))
-    if not folder.is_dir():
-        cached = str(cached_file(name, gguf.get("gguf_file", "config.json")))
-        return f"{model_name_or_path} {cached.partition('/snapshots/')[2].partition('/')[0]}"
-    patterns = ("config.json", "generation_config.json", "adapter_config.json", "*.safetensors", "pytorch_model*.bin")
-    sha = hashlib.sha256()
-    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
-        sha.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(2**24):
-                sha.update(block)
-    return sha.hexdigest()[:16]
-
-
-def _complete(
-    model: PreTrainedModel, prompts: Sequence[list[int]], temperature: float, ends: set[int], **choice: Any
-) -> list[list[int]]:
-    """A completion of each prompt, up to its end. choice: more of what `generate` takes."""
-    choice["do_sample"] = temperature > 0
-    if temperature > 0:
-        choice |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    generator: Any = bare(model)
-    output = generator.generate(input_ids=ids, attention_mask=mask, **choice)
-    return [_up_to_the_end(row, ends) for row in output[:, width:].tolist()]
 
 
 class _HasStop(StoppingCriteria):
@@ -360,12 +245,8 @@ def _seed(seed: int, temperature: float, batch: int) -> int:
     return int(hashlib.sha256(f"{seed} {temperature!r} {batch}".encode()).hexdigest()[:15], 16)
 
 
-def _positions(model: PreTrainedModel) -> int | None:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
 def _check_lengths(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> None:
-    most = _positions(model)
+    most = positions(model)
     number = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     if most is not None and len(prompts[number]) + max_new_tokens > most:
         raise ValueError(
@@ -380,39 +261,3 @@ def _transform_or_warn(model: PreTrainedModel) -> HeadTransform | None:
     except UnsupportedHead as error:
         logger.warning(f"no entropy: {error}")
         return None
-
-
-@contextmanager
-def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout; mode and torch's random state are restored."""
-    devices = [model.device] if model.device.type == "cuda" else []
-    with evaluating(model), torch.random.fork_rng(devices=devices):
-        yield
-
-
-@contextmanager
-def _own_distribution(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
-) -> Iterator[set[int]]:
-    """Set the model's generation config aside: what a call leaves out, such as penalties, would be taken from it.
-
-    Gives the tokens that end a text: those of that config, and the tokenizer's.
-    """
-    inner: Any = bare(model)
-    original = inner.generation_config
-    ends = getattr(original, "eos_token_id", None)
-    tokens = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(tokens, default=0)
-    inner.generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=sorted(tokens) or None
-    )
-    try:
-        yield tokens
-    finally:
-        inner.generation_config = original
-
-
-def _up_to_the_end(tokens: list[int], ends: set[int]) -> list[int]:
-    """With the first token that ends the text; the rest is padding."""
-    stop = next((i for i, token in enumerate(tokens, 1) if token in ends), len(tokens))
-    return tokens[:stop]

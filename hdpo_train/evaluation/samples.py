@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hdpo_train.evaluation.checkers import Problem
+from hdpo_train.evaluation.problems import Problem
 
 FORMAT = "hdpo samples 1"
 

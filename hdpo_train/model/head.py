@@ -177,3 +177,19 @@ def _scales(config: Any) -> list[float]:
     if divisor:
         scales += [1 / float(divisor), float(divisor)]
     return scales or [1.0]
+
+
+def model_inputs(batch: Mapping, device: torch.device, loss_kwargs: Mapping[str, Any]) -> dict:
+    """Keywords of the model's forward for a batch of `PairCollator`; loss_kwargs: those of `linear_hdpo_loss`.
+
+    Labels stay on the host, where the loss checks them before it takes them to the device itself.
+    """
+    on_device: dict[str, Any] = {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()
+    }
+    labels = batch["labels"].tensor
+    pairs = PairBatch(on_device["rows"], labels, batch["cu_seqlens"], on_device.get("ref_logps"), loss_kwargs)
+    inputs = {"input_ids": on_device["input_ids"], "pairs": pairs}
+    if "documents" in batch:
+        inputs["places"] = Places(*(on_device[name] for name in Places._fields))
+    return inputs

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file, is_gguf_available, is_peft_available
 
@@ -354,18 +353,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-def hash_weights(sha: Any, model: nn.Module, without: str | None = None) -> None:
-    """Feed a hash with names, dtypes, shapes and bytes of a model's parameters and buffers, sharded ones made whole.
-
-    Args:
-        sha: a hash object of hashlib.
-        without: leave out the weights with this in their name, such as an adapter's prefix.
-    """
-    for name, tensor in sorted(model.state_dict().items()):
-        if without is not None and without in name:
-            continue
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)

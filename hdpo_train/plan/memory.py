@@ -25,12 +25,11 @@ from transformers import Trainer
 from hdpo_kernels.workspace import head_workspace_bytes
 from hdpo_train.config import HDPOConfig
 from hdpo_train.model.attention import can_attend_by_documents
-from hdpo_train.model.head import HeadTransform, PairBatch, attach_loss, bare, head_of
+from hdpo_train.model.head import HeadTransform, PairBatch, attach_loss, bare, head_of, model_inputs
 from hdpo_train.model.loading import backbone_of, disable_dropout
 from hdpo_train.model.packing import Layout, lay_out, use_layout
 from hdpo_train.model.tiles import tile_sequences, tile_tokens
 from hdpo_train.plan.ledger import HOST, Ledger, Segment
-from hdpo_train.reference import model_inputs
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "head", "other")
 _NUMBERS = re.compile("idx|index|layer_id|layer_number")  # names of attributes in which layers that are alike differ

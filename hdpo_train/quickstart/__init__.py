@@ -22,9 +22,9 @@ from transformers.utils import logging
 from hdpo_kernels.pair import PairOptions
 from hdpo_train.command_line import Parser, check_output_dir
 from hdpo_train.config import HDPOConfig
-from hdpo_train.evaluation.checkers import Problem
 from hdpo_train.evaluation.evaluate import EvalOptions, evaluate
 from hdpo_train.evaluation.pairs import draw_pairs
+from hdpo_train.evaluation.problems import Problem
 from hdpo_train.evaluation.sampler import SamplingOptions, answers
 from hdpo_train.evaluation.scores import Evaluation, as_json
 from hdpo_train.quickstart import task

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from hdpo_train.files import write_whole
-from hdpo_train.model.loading import hash_weights
+from hdpo_train.model.fingerprint import hash_weights
 
 RUN_FILE = "run.json"
 # options of TrainingArguments that change results; all of HDPOConfig's own do, but for those below

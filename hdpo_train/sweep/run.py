@@ -29,13 +29,13 @@ from transformers import PrinterCallback
 from transformers.utils import logging
 
 from hdpo_train import quickstart
-from hdpo_train.cli.eval import DEFAULT_K
-from hdpo_train.cli.judging import add_problem_options, load_judged_problems, load_problems
+from hdpo_train.cli.judging import add_problem_options, load_judged_problems
 from hdpo_train.command_line import Parser, UsageError, WideHelp, check_output_dir
 from hdpo_train.config import HDPOConfig, ScriptArguments
 from hdpo_train.data.tokenize import tokenize_pairs
-from hdpo_train.evaluation.checkers import Checker, Problem
-from hdpo_train.evaluation.evaluate import EvalOptions, evaluate
+from hdpo_train.evaluation.checkers import Checker
+from hdpo_train.evaluation.evaluate import DEFAULT_K, EvalOptions, evaluate
+from hdpo_train.evaluation.problems import Problem, load_problems
 from hdpo_train.evaluation.scores import Evaluation
 from hdpo_train.files import contents_digest, write_whole
 from hdpo_train.model.loading import in_gguf, load_model, load_tokenizer

@@ -10,7 +10,7 @@ from benchmarks.real.training import LOSS_OFF
 from benchmarks.table import Table
 from benchmarks.train_step import OUR_MEMORY_RATIO
 from hdpo_kernels import linear_logp
-from hdpo_train.evaluation.checkers import Problem
+from hdpo_train.evaluation.problems import Problem
 
 
 def example() -> Table:

@@ -21,8 +21,7 @@ from hdpo_train import HDPOConfig, HDPOTrainer
 from hdpo_train.__main__ import main
 from hdpo_train.data.tokenize import PairCollator, tokenize_pairs
 from hdpo_train.model import tiles
-from hdpo_train.model.head import attach_loss, bare
-from hdpo_train.reference import model_inputs
+from hdpo_train.model.head import attach_loss, bare, model_inputs
 from tests.train.tiny import make_model, make_records
 
 PAIRS_PER_STEP = 8

@@ -6,9 +6,9 @@ import datasets
 import pytest
 from datasets import Dataset, Features, Json, List, Value
 
-from hdpo_train.cli.judging import load_problems
 from hdpo_train.data.forms import BadRecord, as_written, chat_prompt, from_messages, from_strings
 from hdpo_train.data.tokenize import load_records, tokenize_pairs
+from hdpo_train.evaluation.problems import load_problems
 from tests.train.tokenizers_of_kinds import CHATML, SPECIAL, assistant, byte_level, pair, user, wrap
 
 GENERATION = "{% if add_generation_prompt %}assistant:{% endif %}"

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from hdpo_train.evaluation.answers import chosen_letter, final_number
-from hdpo_train.evaluation.checkers import Problem, make_checker, unit_test_program
+from hdpo_train.evaluation.checkers import make_checker, unit_test_program
+from hdpo_train.evaluation.problems import Problem
 from hdpo_train.evaluation.sandbox import Sandbox
 from hdpo_train.evaluation.worker import Fault
 

@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from hdpo_train.evaluation.checkers import Problem, make_checker
+from hdpo_train.evaluation.checkers import make_checker
 from hdpo_train.evaluation.evaluate import EvalOptions, check_records, evaluate, grade
+from hdpo_train.evaluation.problems import Problem
 from hdpo_train.evaluation.report import markdown
 from hdpo_train.evaluation.samples import Sample
 from hdpo_train.evaluation.scores import Evaluation, Unjudged

@@ -3,8 +3,9 @@
 import random
 import statistics
 
-from hdpo_train.evaluation.checkers import Problem, make_checker
+from hdpo_train.evaluation.checkers import make_checker
 from hdpo_train.evaluation.pairs import draw_pairs, judge_samples
+from hdpo_train.evaluation.problems import Problem
 from hdpo_train.evaluation.samples import Sample
 from hdpo_train.evaluation.worker import Fault
 

@@ -10,19 +10,11 @@ import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from hdpo_train.evaluation.checkers import Problem
-from hdpo_train.evaluation.sampler import (
-    Sampler,
-    SamplingOptions,
-    answers,
-    decoder,
-    encode,
-    entropies,
-    files_fingerprint,
-    own_entropy,
-    weights_fingerprint,
-)
+from hdpo_train.evaluation.problems import Problem
+from hdpo_train.evaluation.sampler import Sampler, SamplingOptions, answers, encode
 from hdpo_train.evaluation.samples import before_stop
+from hdpo_train.model.fingerprint import files_fingerprint, weights_fingerprint
+from hdpo_train.model.generation import decoder, entropies, own_entropy
 from hdpo_train.model.head import find_transform
 from tests.train.tiny import FAMILIES, VOCAB, make_chain, make_model
 from tests.train.tokenizers_of_kinds import KINDS, tokenizers_of_kinds

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from hdpo_train.evaluation.checkers import Problem
+from hdpo_train.evaluation.problems import Problem
 from hdpo_train.evaluation.samples import Request, Sample, SamplesFile, before_stop, digest, read_samples
 
 HEADER = {"name": "é", "model": "abc", "seed": 0}

@@ -10,8 +10,7 @@ from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from hdpo_kernels import naive
 from hdpo_train.data.tokenize import PairCollator, tokenize_pairs
-from hdpo_train.model.head import UnsupportedHead, attach_loss, find_transform
-from hdpo_train.reference import model_inputs
+from hdpo_train.model.head import UnsupportedHead, attach_loss, find_transform, model_inputs
 from tests.train.tiny import FAMILIES, make_model, make_records
 
 LOSS = {"alpha": 0.8, "beta": 0.5}

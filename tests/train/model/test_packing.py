@@ -33,9 +33,8 @@ from hdpo_kernels import naive
 from hdpo_train.data.sampler import TokenBudgetSampler
 from hdpo_train.data.tokenize import PairCollator
 from hdpo_train.model import attention, packing
-from hdpo_train.model.head import attach_loss
+from hdpo_train.model.head import attach_loss, model_inputs
 from hdpo_train.model.packing import PADDED, Layout, find_layout, lay_out, use_layout
-from hdpo_train.reference import model_inputs
 from hdpo_train.run.report import read_metrics
 from tests.train.tiny import FAMILIES, VOCAB, make_model, make_records
 
