@@ -16,8 +16,8 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from hdpo_train.command_line import Parser, UsageError, did_you_mean
 from hdpo_train.config import HDPOConfig, PlanConfig, ScriptArguments
+from hdpo_train.parser import Parser, UsageError, did_you_mean
 
 KINDS: tuple[Any, Any] = (ScriptArguments, HDPOConfig)
 _ALONE = {"resume_from_checkpoint": "true", "fit": "free"}  # options that may stand without a value, and what they mean

@@ -20,7 +20,6 @@ from hdpo_train.cli.judging import (
     make_sampler,
     samples_of,
 )
-from hdpo_train.command_line import Parser, WideHelp, add_option, check_output_dir
 from hdpo_train.evaluation.evaluate import DEFAULT_K, EvalOptions, grade
 from hdpo_train.evaluation.report import draw, drawn, markdown
 from hdpo_train.evaluation.sampler import Sampler
@@ -28,7 +27,9 @@ from hdpo_train.evaluation.samples import read_samples
 from hdpo_train.evaluation.scores import Evaluation, as_json
 from hdpo_train.files import write_whole
 from hdpo_train.model.loading import in_gguf
+from hdpo_train.parser import Parser, WideHelp, add_option
 from hdpo_train.run.lock import locked
+from hdpo_train.run.output_dir import check_output_dir
 
 RESULTS_FILE, TABLE_FILE, PLOT_FILE = "results.json", "results.md", "results.png"
 _DESCRIPTION = """\

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from hdpo_train.command_line import OptionGroup, add_option
 from hdpo_train.evaluation.checkers import Checker, make_checker
 from hdpo_train.evaluation.evaluate import check_records
 from hdpo_train.evaluation.problems import Problem, load_problems
@@ -20,6 +19,7 @@ from hdpo_train.evaluation.sampler import Sampler, SamplingOptions
 from hdpo_train.evaluation.samples import Sample
 from hdpo_train.model.fingerprint import files_fingerprint
 from hdpo_train.model.loading import load_model, load_tokenizer
+from hdpo_train.parser import OptionGroup, add_option
 
 _CHECKERS = """\
 What decides whether a completion is right. gsm8k compares final numbers, choice compares letters, regex:PATTERN (or

@@ -22,7 +22,6 @@ from hdpo_train.cli.judging import (
     make_sampler,
     samples_of,
 )
-from hdpo_train.command_line import Parser, UsageError, WideHelp, add_option, check_output_dir
 from hdpo_train.data.forms import BadRecord, from_messages
 from hdpo_train.evaluation.checkers import Checker
 from hdpo_train.evaluation.pairs import Judged, Pair, draw_pairs, judge_samples
@@ -31,7 +30,9 @@ from hdpo_train.evaluation.sampler import SamplingOptions
 from hdpo_train.evaluation.samples import Sample, read_samples
 from hdpo_train.files import write_whole
 from hdpo_train.model.loading import in_gguf
+from hdpo_train.parser import Parser, UsageError, WideHelp, add_option
 from hdpo_train.run.lock import locked
+from hdpo_train.run.output_dir import check_output_dir
 
 ENDING = ".jsonl"
 UNEQUAL = 1.25  # mean lengths whose quotient is beyond this are warned of

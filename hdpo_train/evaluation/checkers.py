@@ -19,12 +19,12 @@ from typing import Any
 
 from transformers.utils import logging
 
-from hdpo_train.command_line import did_you_mean
 from hdpo_train.evaluation.answers import chosen_letter, final_number
 from hdpo_train.evaluation.problems import Problem
 from hdpo_train.evaluation.programs import solution
 from hdpo_train.evaluation.sandbox import Sandbox
 from hdpo_train.evaluation.worker import Fault, Worker
+from hdpo_train.parser import did_you_mean
 
 logger = logging.get_logger(__name__)
 

@@ -1,5 +1,6 @@
 """A run's folder: never the base model's, refused where it holds another run, and the checkpoint to go on from."""
 
+import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -154,3 +155,14 @@ def last_finite(output_dir: str) -> str:
             return f"{told}The last good checkpoint: --resume_from_checkpoint {path}"
         broken.append(str(path))
     return f"{', '.join(broken)}: weights that are not finite. Start again" if broken else "There is no checkpoint yet"
+
+
+def check_output_dir(name: str, option: str = "--output_dir") -> Path:
+    """The folder, which need not exist. Raises ValueError or OSError if nothing can be written there."""
+    folder = Path(name)
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{option} {folder}: {nearest} is a file, not a folder; choose another name")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(f"{option} {folder}: you may not write to {nearest}; choose another folder")
+    return folder

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hdpo_train.__main__ import main
+from hdpo_train.cli.main import main
 
 
 def write(path: Path, records: list[dict]) -> None:

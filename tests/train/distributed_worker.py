@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, TrainerCallback
 
 from hdpo_train import HDPOConfig, HDPOTrainer
-from hdpo_train.__main__ import main
+from hdpo_train.cli.main import main
 from hdpo_train.data.tokenize import PairCollator, tokenize_pairs
 from hdpo_train.model import tiles
 from hdpo_train.model.head import attach_loss, bare, model_inputs

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from transformers import Trainer, TrainerState
 
-from hdpo_train.__main__ import main
+from hdpo_train.cli.main import main
 from tests.train import tiny  # noqa: F401 - imports the models
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hdpo_train.__main__ import main
+from hdpo_train.cli.main import main
 from hdpo_train.model import loading as models
 from hdpo_train.model.loading import load_model, load_tokenizer, where_from
-from tests.train.test_command_line import refused
+from tests.train.cli.test_errors import refused
 from tests.train.tiny import VOCAB, make_model, make_records
 
 IDS = torch.arange(5, 25).unsqueeze(0)

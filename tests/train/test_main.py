@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from hdpo_train.__main__ import main
+from hdpo_train.cli.main import main
 from hdpo_train.run.report import METRICS_FILE, REPORT_FILE, read_metrics
 from hdpo_train.trainer import HDPOTrainer
 from tests.train.commands import refused, write

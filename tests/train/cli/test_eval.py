@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hdpo_train.__main__ import main
 from hdpo_train.cli import judging as problems
+from hdpo_train.cli.main import main
 from hdpo_train.evaluation.sampler import Sampler
 from hdpo_train.evaluation.scores import from_json
 from tests.train.commands import refused, write

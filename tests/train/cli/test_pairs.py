@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from hdpo_train.__main__ import main
 from hdpo_train.cli import judging as problems
+from hdpo_train.cli.main import main
 from hdpo_train.data.tokenize import load_records, tokenize_pairs
 from hdpo_train.evaluation import sampler as generate
 from hdpo_train.evaluation.scores import from_json

@@ -19,11 +19,11 @@ from transformers import (
 )
 
 from hdpo_train import HDPOTrainer, reference
-from hdpo_train.__main__ import _lora, make_trainer
 from hdpo_train.config import ScriptArguments
 from hdpo_train.data.tokenize import tokenize_pairs
 from hdpo_train.model.loading import disable_dropout, load_model, max_positions, varies_beyond
 from hdpo_train.run.report import read_metrics
+from hdpo_train.training import lora_config, make_trainer
 from tests.train.tiny import _IDS, _KV, _SIZE, VOCAB, make_model, make_records
 
 peft = pytest.importorskip("peft")
@@ -129,7 +129,7 @@ def test_make_trainer_takes_an_adapter_with_its_own_options_only(options, messag
     ],
 )
 def test_lora_takes_names_a_word_or_a_regular_expression(words, modules):
-    config = _lora(ScriptArguments(use_peft=True, lora_target_modules=words))
+    config = lora_config(ScriptArguments(use_peft=True, lora_target_modules=words))
     assert config.target_modules == modules and (config.r, config.lora_alpha, config.lora_dropout) == (16, 32, 0.0)
 
 

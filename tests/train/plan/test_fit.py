@@ -5,7 +5,7 @@ import re
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from hdpo_train.__main__ import main
+from hdpo_train.cli.main import main
 from hdpo_train.config import PlanConfig
 from hdpo_train.model.packing import Layout
 from hdpo_train.plan import fit

@@ -276,7 +276,7 @@ def test_time_that_does_not_grow_with_the_layers_is_no_number(tmp_path, monkeypa
 
 
 def test_main_prints_a_plan_without_weights_or_data(tmp_path, capsys, monkeypatch):
-    from hdpo_train.__main__ import main
+    from hdpo_train.cli.main import main
 
     LLAMA.save_pretrained(tmp_path / "model")  # the config alone
     words = f"plan --model_name_or_path {tmp_path / 'model'} --output_dir {tmp_path / 'out'} --use_cpu True"

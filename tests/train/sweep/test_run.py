@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from hdpo_train import quickstart
-from hdpo_train.__main__ import main
+from hdpo_train.cli.main import main
 from hdpo_train.evaluation.evaluate import EvalOptions
 from hdpo_train.evaluation.scores import Estimate, Evaluation, Scores
 from hdpo_train.run.lock import LOCK_FILE

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from hdpo_train.__main__ import main
-from hdpo_train.command_line import check_output_dir, run_command
+from hdpo_train.cli.errors import run_command
+from hdpo_train.cli.main import main
 from hdpo_train.options import parse_options
+from hdpo_train.run.output_dir import check_output_dir
 from tests.train.tiny import make_model
 
 EVAL = "eval --samples s.jsonl --prompts p.jsonl --checker choice --output_dir out"

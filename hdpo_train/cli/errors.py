@@ -1,22 +1,16 @@
-"""What all commands of hdpo-train have in common: unknown options, errors, and interruptions.
+"""How a command ends: what a user can cause is one paragraph on stderr and exit code 2, all else a traceback."""
 
-argv ── Parser ──> options ── command ──> its results
-             └── run_command: what a user can cause is one paragraph on stderr, exit code 2
-"""
-
-import argparse
-import difflib
 import os
-import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from hdpo_train.parser import UsageError
 
 TRACEBACK_VARIABLE = "HDPO_TRACEBACK"
-_HELP = {"-h", "--help"}
-_NEGATIVE_NUMBER = re.compile(r"-\.?\d.*")
+
+
 # RuntimeErrors of libraries that are no bugs: what their text contains -> what to do
 _RUNTIME_ERRORS = {
     "DataLoader worker (pid": "A process that loads data was killed, most often for lack of memory: lower "
@@ -27,80 +21,6 @@ _RUNTIME_ERRORS = {
     "hdpo-train plan shows what a step needs.",
     "can't allocate memory": "Lower the batch size or the lengths; hdpo-train plan shows what a step needs.",
 }
-
-
-class UsageError(ValueError):
-    """A command line, or a file of options, that cannot be meant as it is written."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises UsageError where argparse would print the usage and exit, and names the nearest option."""
-
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        options, rest = self.split(argv)
-        if rest:
-            raise UsageError(f"{rest[0]!r} belongs to no option ({self.prog} --help lists them)")
-        return options
-
-    def split(self, argv: Sequence[str], also: Iterable[str] = ()) -> tuple[argparse.Namespace, list[str]]:
-        """The options, and the words that are not theirs. also: names of options that may be among those words."""
-        if _HELP & set(argv):
-            self.print_help()
-            raise SystemExit(0)
-        known = [*self._option_string_actions, *also]
-        for before, word in zip(["", *argv], argv, strict=False):
-            name, _, value = word.partition("=")
-            if not word or (word.startswith("--") and word.endswith("=") and not value):
-                raise UsageError(f"{name or before or 'an option'} is empty: give it a value, or leave it out")
-            is_option = word.startswith("-") and len(word) > 1 and " " not in name
-            if is_option and name not in known and not _NEGATIVE_NUMBER.fullmatch(word):
-                raise UsageError(f"no option {name}{did_you_mean(name, known)} ({self.prog} --help lists the options)")
-        return self.parse_known_args(argv)
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is not None and value not in action.choices:
-            known = [str(choice) for choice in action.choices]
-            near = did_you_mean(str(value), known) or f"; choose from {', '.join(known)}"
-            raise argparse.ArgumentError(action, f"no such choice: {str(value)!r}{near}")
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
-class WideHelp(argparse.RawDescriptionHelpFormatter):
-    """A description as it is written, and texts of options beside long names."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=118)
-
-
-OptionGroup = argparse.ArgumentParser | argparse._ArgumentGroup  # of which a mutually exclusive group is one
-
-
-def add_option(group: OptionGroup, name: str, text: str, **kwargs: Any) -> None:
-    """Add --name, with its default at the end of its text. kwargs: of argparse's add_argument."""
-    default = kwargs.get("default")
-    if default not in (None, [], ()):
-        shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else default
-        text += f" (default: {shown})"
-    group.add_argument(f"--{name}", help=text, **kwargs)
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean …?" with the nearest of the known words, or nothing where none is near."""
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def check_output_dir(name: str, option: str = "--output_dir") -> Path:
-    """The folder, which need not exist. Raises ValueError or OSError if nothing can be written there."""
-    folder = Path(name)
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise NotADirectoryError(f"{option} {folder}: {nearest} is a file, not a folder; choose another name")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise PermissionError(f"{option} {folder}: you may not write to {nearest}; choose another folder")
-    return folder
 
 
 def run_command(name: str, command: Callable[[list[str]], object], argv: list[str]) -> None:
