@@ -23,7 +23,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/hdpo-train
+	$(BIN)/hdpo-train quickstart
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' -n 2 --dist loadfile $(if $(ARGS),$(ARGS),--ignore=$(SPEED))

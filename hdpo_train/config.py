@@ -292,10 +292,7 @@ class ScriptArguments:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={
-            "help": "Policy and reference: a local folder or a hub id, or a GGUF file in one. Without it: the "
-            "quickstart."
-        },
+        metadata={"help": "Policy and reference: a local folder or a hub id, or a GGUF file in one."},
     )
     dataset_name: str | None = field(
         default=None,

@@ -17,16 +17,55 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from hdpo_train.config import HDPOConfig, PlanConfig, ScriptArguments
-from hdpo_train.parser import Parser, UsageError, did_you_mean
+from hdpo_train.parser import Parser, UsageError, WideHelp, did_you_mean, is_file_of_options
 
 KINDS: tuple[Any, Any] = (ScriptArguments, HDPOConfig)
 _ALONE = {"resume_from_checkpoint": "true", "fit": "free"}  # options that may stand without a value, and what they mean
-_COMMON = (
-    "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "bf16", "fp16",
-    "activation_checkpointing", "gradient_checkpointing", "logging_steps", "eval_strategy", "eval_steps", "save_steps",
-    "save_total_limit", "resume_from_checkpoint", "report_to", "seed", "use_cpu",
+GROUPS = {  # of --help_all; what transformers has beyond these comes last
+    "model": (
+        "model_name_or_path", "gguf_file", "dtype", "attn_implementation", "trust_remote_code", "model_init_kwargs",
+        "disable_dropout", "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
+    ),
+    "data": (
+        "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "eval_dataset_name",
+        "on_bad_record", "dataset_num_proc",
+    ),
+    "loss": (
+        "alpha", "beta", "loss_type", "alpha_level", "label_smoothing", "nll_weight", "gradient", "epsilon",
+    ),
+    "entropy": (
+        "alpha_schedule", "alpha_final", "target_entropy", "alpha_min", "alpha_max", "entropy_steps", "entropy_prompts",
+    ),
+    "lengths and batches": (
+        "max_length", "max_prompt_length", "per_device_train_batch_size", "gradient_accumulation_steps",
+        "max_tokens_per_batch", "packing", "shared_prompt", "precompute_ref_batch_size",
+    ),
+    "memory": (
+        "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing", "tiled_layers",
+        "chunk_bytes", "bf16", "fp16", "optim",
+    ),
+    "output and resuming": (
+        "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit",
+        "ref_cache_dir", "logging_steps", "report_to",
+    ),
+    "training": (
+        "learning_rate", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "weight_decay",
+        "max_grad_norm", "eval_strategy", "eval_steps", "seed", "use_cpu",
+    ),
+}  # fmt: skip
+_FIRST = (  # of --help
+    "model_name_or_path", "use_peft", "dataset_name", "alpha", "beta", "loss_type", "target_entropy", "max_length",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "output_dir",
+    "resume_from_checkpoint", "learning_rate", "num_train_epochs",
 )  # fmt: skip
+_TEXTS = {  # of options whose text in transformers is of other runs, or of another name
+    "output_dir": "Folder of the run: model, metrics.jsonl, report.png, checkpoints.",
+    "per_device_train_batch_size": "Pairs in a micro-batch of one device.",
+    "gradient_accumulation_steps": "Micro-batches in an optimizer step.",
+    "gradient_checkpointing": "Keep one hidden state per layer and token, and compute the rest again in backward: less "
+    "memory for more time.",
+    "num_train_epochs": "Times that every pair is trained on.",
+}
 
 
 class TrainingParser(Parser, HfArgumentParser):
@@ -63,7 +102,7 @@ class TrainingParser(Parser, HfArgumentParser):
     def options(self, argv: Sequence[str]) -> tuple[ScriptArguments, HDPOConfig]:
         given = vars(self.parse(argv))
         if given["help_all"]:
-            super().print_help()
+            self.print_help(every=True)
             raise SystemExit(0)
         for action in self._actions:
             value = given[action.dest]
@@ -75,30 +114,32 @@ class TrainingParser(Parser, HfArgumentParser):
         )
         return script, args
 
-    def print_help(self, file: Any = None) -> None:
-        """The options most used, in groups."""
-        own = [field for field in HDPOConfig.__annotations__ if not field.startswith("_") and field not in _COMMON]
-        planned = list(PlanConfig.__annotations__) if PlanConfig in self._kinds else []
-        groups = {
-            **({"plan": planned} if planned else {}),
-            "model and data": [field.name for field in dataclasses.fields(ScriptArguments)],
-            "loss, reference, lengths": [name for name in own if name != "logging_nan_inf_filter"],
-            "training (transformers.TrainingArguments; all of them: --help_all)": list(_COMMON),
-        }
+    def print_help(self, file: Any = None, every: bool = False) -> None:
+        """The options in groups: every one, or those that most runs need."""
+        groups = {"plan": tuple(PlanConfig.__annotations__)} if PlanConfig in self._kinds else {}
+        groups |= {title: tuple(name for name in names if every or name in _FIRST) for title, names in GROUPS.items()}
         actions: dict[str, argparse.Action] = {}
         for action in self._actions:
             shown = copy.copy(action)
             shown.option_strings = action.option_strings[:1]  # not the spelling with dashes too
+            shown.help = _TEXTS.get(action.dest, action.help)
             if action.choices is None or len(list(action.choices)) > 5:
                 shown.choices, shown.metavar = None, "X"
-            if action.default is not None and action.help:
-                shown.help = f"{action.help} [{getattr(action.default, 'value', action.default)}]".replace("%", "%%")
+            if action.default is not None and shown.help:
+                default = getattr(action.default, "value", action.default)
+                shown.help = f"{shown.help} (default: {default})".replace("%", "%%")
             actions.setdefault(action.dest, shown)
+        if every:
+            grouped = {name for names in groups.values() for name in names}
+            groups["all others of transformers.TrainingArguments"] = tuple(
+                name for name in actions if name not in grouped | {"help", "help_all", "logging_nan_inf_filter"}
+            )
         short = argparse.ArgumentParser(
             prog=self.prog,
             usage=f"{self.prog} [CONFIG.yaml] [--option value …]",
             description=self.description,
-            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=118),
+            epilog="" if every else f"{self.prog} --help_all lists every option.",
+            formatter_class=WideHelp,
             add_help=False,
         )
         for title, names in groups.items():
@@ -121,10 +162,6 @@ def with_file(argv: Sequence[str]) -> list[str]:
     if len(files) > 1:
         raise UsageError(f"options are read from one YAML file, not from {' and '.join(files)}")
     return [*words_of_file(argv[0]), *argv[1:]] if argv and argv[0] in files else list(argv)
-
-
-def is_file_of_options(word: str) -> bool:
-    return word.endswith((".yaml", ".yml")) and not word.startswith("-")
 
 
 def words_of_file(name: str) -> list[str]:

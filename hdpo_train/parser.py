@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-_HELP = {"-h", "--help"}
+HELP = {"-h", "--help"}
 _NEGATIVE_NUMBER = re.compile(r"-\.?\d.*")
 
 
@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
     def split(self, argv: Sequence[str], also: Iterable[str] = ()) -> tuple[argparse.Namespace, list[str]]:
         """The options, and the words that are not theirs. also: names of options that may be among those words."""
-        if _HELP & set(argv):
+        if HELP & set(argv):
             self.print_help()
             raise SystemExit(0)
         known = [*self._option_string_actions, *also]
@@ -71,3 +71,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """ "; did you mean …?" with the nearest of the known words, or nothing where none is near."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def is_file_of_options(word: str) -> bool:
+    """Whether a word of a command line names a YAML file."""
+    return word.endswith((".yaml", ".yml")) and not word.startswith("-")

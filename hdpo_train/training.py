@@ -51,7 +51,7 @@ def make_trainer(script: ScriptArguments, args: HDPOConfig) -> HDPOTrainer:
     """Model and data loaded by their names, reference log-probs computed or read."""
     if script.model_name_or_path is None or script.dataset_name is None:
         raise ValueError(
-            "--model_name_or_path and --dataset_name are needed to train (with no option at all: the quickstart)"
+            "--model_name_or_path and --dataset_name are needed to train (hdpo-train quickstart needs neither)"
         )
     if args.hub_model_id is not None and not args.push_to_hub:
         raise ValueError(f"--hub_model_id {args.hub_model_id} has no effect without --push_to_hub")

@@ -10,20 +10,12 @@ from hdpo_train.training import train
 _DESCRIPTION = """\
 Trains a causal language model on preference pairs with H-DPO: DPO with control over entropy by one number, alpha.
 
-  hdpo-train                                          the quickstart: task, model, pairs, training and a before/after
-                                                      table on this machine in a few minutes, no download
   hdpo-train --model_name_or_path MODEL --dataset_name pairs.jsonl --alpha 0.95 --output_dir out
                                                       train; MODEL and data are local paths or hub ids
   hdpo-train run.yaml --learning_rate 5e-7            the options of a YAML file, some overridden
   hdpo-train … --resume_from_checkpoint               go on from the last whole checkpoint in output_dir, or start if
                                                       there is none: the same command after any crash
-  hdpo-train sweep --alpha 0.8,0.9,1.1 --seeds 3      several α and seeds, each evaluated, and one report (sweep --help)
-  hdpo-train plan …                                   the same options: what memory and time a step will need; of the
-                                                      model only its config is read, and no data
-  hdpo-train pairs …                                  preference pairs of a model's own answers to a file of
-                                                      prompts, judged by a program (hdpo-train pairs --help)
-  hdpo-train eval …                                   accuracy, pass@k, diversity and entropy of models on a file of
-                                                      prompts (hdpo-train eval --help)
+  hdpo-train plan …                                   the same options: the memory and the time that a step will need
 
 Records: {"prompt", "chosen", "rejected"} as strings or chat messages; the prompt may be left out where both completions
 begin with it. A run leaves the model, metrics.jsonl and report.png in output_dir.

@@ -1,4 +1,4 @@
-"""The embedded default: `hdpo-train` without arguments. A task, a small model, pairs made from it, H-DPO, a table.
+"""`hdpo-train quickstart`, all of the project on one page: a task, a small model, pairs made from it, H-DPO, a table.
 
 demonstrations ── SFT ──> model ── sample, judge ──> pairs ── H-DPO, α = 1, α < 1 ──> models ── evaluate ──> table
 """

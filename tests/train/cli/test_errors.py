@@ -202,7 +202,6 @@ def test_options_take_none_and_bare_flags():
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("", "trains a causal language model"),
         ("train", "trains a causal language model"),
         ("plan", "what a step will need"),
         ("sweep", "can temperature alone do it?"),
