@@ -2,11 +2,14 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
+
+from hdpo_kernels.pair import PairOptions
 
 logger = logging.get_logger(__name__)
 SCHEDULES = ("constant", "linear", "cosine")
@@ -46,15 +49,39 @@ class Target(NamedTuple):
         return self.value * before if self.relative else self.value
 
 
+@dataclass
+class StepLoss:
+    """The loss of an optimizer step: the run's options, and the α of this step.
+
+    The trainer computes with it, callbacks set its α, and nothing else knows that α.
+    """
+
+    pairs: PairOptions
+    head: Mapping[str, Any]  # gradient, epsilon, chunk_bytes
+
+    @property
+    def alpha(self) -> float:
+        return self.pairs.alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self.pairs = replace(self.pairs, alpha=value)
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """Of `hdpo_kernels.linear_hdpo_loss`."""
+        return {**asdict(self.pairs), **self.head}
+
+
 class AlphaSchedule(TrainerCallback):
     """Sets the loss's α at the beginning of every optimizer step."""
 
-    def __init__(self, loss_kwargs: dict[str, Any], schedule: str, end: float) -> None:
-        self.loss_kwargs, self.schedule, self.start, self.end = loss_kwargs, schedule, loss_kwargs["alpha"], end
+    def __init__(self, loss: StepLoss, schedule: str, end: float) -> None:
+        self.loss, self.schedule, self.start, self.end = loss, schedule, loss.alpha, end
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         progress = state.global_step / max(state.max_steps - 1, 1)
-        self.loss_kwargs["alpha"] = alpha_at(self.schedule, self.start, self.end, progress)
+        self.loss.alpha = alpha_at(self.schedule, self.start, self.end, progress)
 
 
 class EntropyControl(TrainerCallback):
@@ -76,15 +103,15 @@ class EntropyControl(TrainerCallback):
 
     def __init__(
         self,
-        loss_kwargs: dict[str, Any],
+        loss: StepLoss,
         target: Target,
         probe: Callable[[Any], tuple[float, int]],
         *,
         bounds: tuple[float, float],
         every: int | None = None,
     ) -> None:
-        self.loss_kwargs, self.target, self.probe, self.bounds, self.every = loss_kwargs, target, probe, bounds, every
-        self._start = {"alpha": loss_kwargs["alpha"], "error": 0.0, "before": None, "measured": None}
+        self.loss, self.target, self.probe, self.bounds, self.every = loss, target, probe, bounds, every
+        self._start = {"alpha": loss.alpha, "error": 0.0, "before": None, "measured": None}
         self._known: dict[str, Any] = dict(self._start)  # before, measured: nats per token
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -102,7 +129,7 @@ class EntropyControl(TrainerCallback):
             change = min(max(change, -self.STEP), self.STEP)
             known["alpha"] = min(max(known["alpha"] * math.exp(change), self.bounds[0]), self.bounds[1])
             known["error"] = error
-        self.loss_kwargs["alpha"] = known["alpha"]
+        self.loss.alpha = known["alpha"]
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any

@@ -1,6 +1,6 @@
 """What a run can be told: HDPOConfig for the trainer, ScriptArguments for what only the command line needs."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from hdpo_kernels.checks import GRADIENTS, check_gradient
 from hdpo_kernels.pair import ALPHA_LEVELS, LOSS_TYPES, PairOptions
-from hdpo_train.alpha import SCHEDULES, Target
+from hdpo_train.alpha import SCHEDULES, StepLoss, Target
 from hdpo_train.inherited import check_options, check_ranges
 from hdpo_train.model.loading import in_gguf
 from hdpo_train.ranks import check_dataloading
@@ -244,14 +244,11 @@ class HDPOConfig(TrainingArguments):
     def pair_options(self) -> PairOptions:
         return PairOptions(**{each.name: getattr(self, each.name) for each in fields(PairOptions)})
 
-    def loss_kwargs(self) -> dict[str, Any]:
-        """Keywords of `hdpo_kernels.linear_hdpo_loss`."""
-        return {
-            **asdict(self.pair_options),
-            "gradient": self.gradient,
-            "epsilon": self.epsilon,
-            "chunk_bytes": self.chunk_bytes,
-        }
+    def step_loss(self) -> StepLoss:
+        """The loss of the first step."""
+        return StepLoss(
+            self.pair_options, {name: getattr(self, name) for name in ("gradient", "epsilon", "chunk_bytes")}
+        )
 
 
 @dataclass

@@ -11,20 +11,21 @@ tokens. At other α the untrained policy has a margin, which the reference's log
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hdpo_kernels.pair import PairOptions, initial_margins
+from hdpo_train.config import HDPOConfig
 from hdpo_train.data.own_reference import COLUMNS
-from hdpo_train.data.tokenize import PairCollator, pair_lengths
-from hdpo_train.model.head import bare, model_inputs
+from hdpo_train.data.tokenize import PairCollator, pair_lengths, tokenize_pairs
+from hdpo_train.model.head import bare, head_of, model_inputs, whole_shape
 from hdpo_train.model.loading import evaluating, max_positions, varies_beyond
 from hdpo_train.ranks import as_in_training, gathered
 from hdpo_train.reference import with_reference
@@ -39,6 +40,49 @@ _LARGE_MARGIN = 1.0
 # Two layouts of the same pairs differ by rounding alone. Of that difference, the largest over eight sequences, so much
 # is allowed for: between modes, which run the same batch, and between batches.
 _BETWEEN_MODES, _BETWEEN_BATCHES = 2, 10
+
+
+@dataclass
+class Tokenized:
+    """Makes data sets of token ids, each checked against the models that will see it. longest: tokens of a sequence."""
+
+    tokenizer: PreTrainedTokenizerBase
+    args: HDPOConfig
+    models: list[PreTrainedModel]
+    longest: int = 0
+
+    def __call__(self, dataset: Dataset, name: str) -> Dataset:
+        """Raises ValueError for records that cannot be trained on, and for pairs that are not for these models."""
+        args, records = self.args, len(dataset)
+        dataset = tokenize_pairs(
+            dataset,
+            self.tokenizer,
+            max_length=args.max_length,
+            max_prompt_length=args.max_prompt_length,
+            on_bad_record=args.on_bad_record,  # type: ignore[arg-type]
+            num_proc=args.dataset_num_proc,
+            name=name,
+        )
+        _check_vocabulary(dataset, vocabulary(self.models), name)
+        lengths = sequence_lengths(dataset)
+        check_lengths(lengths, self.models, name, dropped=len(dataset) < records)
+        self.longest = max(self.longest, *lengths)
+        return dataset
+
+
+def vocabulary(models: list[PreTrainedModel]) -> int:
+    """Entries of the smallest head."""
+    return min(whole_shape(head_of(model).weight)[0] for model in models)
+
+
+def _check_vocabulary(dataset: Dataset, vocab: int, name: str) -> None:
+    columns = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).iter(batch_size=1000)
+    top = max(max(ids) for batch in columns for column in batch.values() for ids in column)
+    if top >= vocab:
+        raise ValueError(
+            f"the {name} set has token id {top}, but the model's head has {vocab} entries: "
+            "the tokenizer does not belong to the model, or model.resize_token_embeddings was left out"
+        )
 
 
 def sequence_lengths(dataset: Dataset) -> list[int]:

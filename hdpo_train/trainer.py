@@ -3,7 +3,6 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,13 @@ from hdpo_train.config import HDPOConfig
 from hdpo_train.data.own_reference import COLUMNS, OF_TRL
 from hdpo_train.data.records import training_split
 from hdpo_train.data.sampler import TokenBudgetSampler
-from hdpo_train.data.tokenize import PairCollator, pair_lengths, pair_tokens, tokenize_pairs
+from hdpo_train.data.tokenize import PairCollator, pair_lengths, pair_tokens
 from hdpo_train.inherited import check_arguments, check_best_metric, check_optimizer
 from hdpo_train.metrics import batch_sums, finite, means
 from hdpo_train.model.generation import own_entropy
-from hdpo_train.model.head import attach_loss, bare, head_of, model_inputs, whole_shape
+from hdpo_train.model.head import attach_loss, bare, model_inputs
 from hdpo_train.model.loading import adapter_configs, check_trainable, load_model, load_tokenizer, make_policy
-from hdpo_train.model.packing import find_layout
+from hdpo_train.model.packing import Layout, find_layout
 from hdpo_train.model.tiles import tile_sequences, tile_tokens
 from hdpo_train.plan.room import wants_tiles
 from hdpo_train.ranks import (
@@ -44,7 +43,7 @@ from hdpo_train.run.output_dir import refuse_base_model
 from hdpo_train.run.report import RunReport, mean_loss
 from hdpo_train.run.resuming import ResumableTrainer
 from hdpo_train.run.sigterm import StopAtSigterm
-from hdpo_train.start import check_lengths, margins_before_training, sequence_lengths, with_checked_reference
+from hdpo_train.start import Tokenized, margins_before_training, vocabulary, with_checked_reference
 
 logger = logging.get_logger(__name__)
 
@@ -73,6 +72,7 @@ class HDPOTrainer(ResumableTrainer):
     """
 
     args: HDPOConfig
+    entropy_control: EntropyControl | None = None  # with target_entropy
     _sums: list[Tensor] | None = None  # where the metrics of the batches go whose loss is being computed
 
     def __init__(
@@ -89,19 +89,7 @@ class HDPOTrainer(ResumableTrainer):
         **trainer_kwargs: Any,
     ) -> None:
         args = HDPOConfig(output_dir="hdpo-output") if args is None else args
-        if not isinstance(args, HDPOConfig):
-            raise TypeError(f"args must be an HDPOConfig, got {type(args).__name__}")
-        if train_dataset is None and eval_dataset is None:
-            raise ValueError("neither train_dataset nor eval_dataset given")
-        check_arguments(trainer_kwargs)
-        check_best_metric(args.metric_for_best_model, bool(callbacks))
-        if ref_model is not None and ref_model is model:
-            raise ValueError("ref_model is the model itself; leave it out to use the policy as it is now as reference")
-        if args.model_init_kwargs and not isinstance(model, str):
-            raise ValueError(f"model_init_kwargs={args.model_init_kwargs!r} come too late for a model: give its name")
-        if ref_model is not None:
-            for dataset, kind in ((train_dataset, "train"), (eval_dataset, "eval")):
-                _map_datasets(dataset, _refuse_two_references, kind)
+        _check_call(args, model, ref_model, train_dataset, eval_dataset, callbacks, trainer_kwargs)
         name = model if isinstance(model, str) else bare(model).config._name_or_path
         if train_dataset is not None:
             refuse_base_model(str(args.output_dir), [name, *map(_source, (ref_model, processing_class))])
@@ -114,63 +102,58 @@ class HDPOTrainer(ResumableTrainer):
             check_optimizer(args, policy)
         reference: Any = policy if ref_model is None else ref_model
         models: list[Any] = [policy] if reference is policy else [policy, reference]
-        vocab = min(whole_shape(head_of(bare(each)).weight)[0] for each in models)
-        check_gradient(args.gradient, args.epsilon, vocab)
-
-        longest: list[int] = []
-
-        def tokenize(dataset: Dataset, name: str) -> Dataset:
-            records = len(dataset)
-            dataset = tokenize_pairs(
-                dataset,
-                tokenizer,
-                max_length=args.max_length,
-                max_prompt_length=args.max_prompt_length,
-                on_bad_record=args.on_bad_record,  # type: ignore[arg-type]
-                num_proc=args.dataset_num_proc,
-                name=name,
-            )
-            _check_vocabulary(dataset, vocab, name)
-            lengths = sequence_lengths(dataset)
-            check_lengths(lengths, [bare(each) for each in models], name, dropped=len(dataset) < records)
-            longest.append(max(lengths))
-            return dataset
-
+        bare_models = [bare(each) for each in models]
+        check_gradient(args.gradient, args.epsilon, vocabulary(bare_models))
+        tokenized = Tokenized(tokenizer, args, bare_models)
         super().__init__(
             model=policy,
             args=args,
-            train_dataset=_map_datasets(training_split(train_dataset), tokenize, "train"),
-            eval_dataset=_map_datasets(eval_dataset, tokenize, "eval"),
+            train_dataset=_map_datasets(training_split(train_dataset), tokenized, "train"),
+            eval_dataset=_map_datasets(eval_dataset, tokenized, "eval"),
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
             **trainer_kwargs,
         )
+        self._prepare_processes()
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch's pairs, and
+        self.loss_is_scaled_for_ga = False  # Trainer divides it by the number of accumulation steps
+        self._trained: list[Tensor] = []  # sums of the batches since the last log
+        self.loss = args.step_loss()
+        self._attach_loss(models)
+        self.layout = self._find_layout(models, tokenized.longest)
+        self.tiled = self._use_tiles(models)
+        self.data_collator = PairCollator(_pad_token_id(tokenizer), self.layout)
+        self._add_reference_logps(policy, reference, new_adapter=peft_config is not None and reference is policy)
+        self._add_callbacks()
+
+    def _prepare_processes(self) -> None:
+        """Raises ValueError for several GPUs in one process."""
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs in one process would be nn.DataParallel, which cannot split packed pairs: "
                 "start one process per GPU (accelerate launch -m hdpo_train, or torchrun), or set CUDA_VISIBLE_DEVICES"
             )
         keep_output_dtype(self.accelerator)
-        if args.gradient == "sampled" and self.accelerator.num_processes > 1:
-            self.add_callback(OwnRandomNumbers(self.accelerator, args.seed))
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch's pairs, and
-        self.loss_is_scaled_for_ga = False  # Trainer divides it by the number of accumulation steps
-        self._trained: list[Tensor] = []  # sums of the batches since the last log
-        self.loss_kwargs = args.loss_kwargs()  # its alpha is that of the step
-        self.entropy_control: EntropyControl | None = None
+        if self.args.gradient == "sampled" and self.accelerator.num_processes > 1:
+            self.add_callback(OwnRandomNumbers(self.accelerator, self.args.seed))
 
+    def _attach_loss(self, models: list[Any]) -> None:
         for each in models:
-            if each is not policy and self.place_model_on_device:
-                each.to(args.device)
+            if each is not self.model and self.place_model_on_device:
+                each.to(self.args.device)
             with gathered(each):
                 attach_loss(bare(each))
+
+    def _find_layout(self, models: list[Any], longest: int) -> Layout:
         with contextlib.ExitStack() as stack:
             for each in models:
                 stack.enter_context(gathered(each))
-            self.layout = find_layout([bare(each) for each in models], args.packing, args.shared_prompt, max(longest))
-        self.tiled = self._use_tiles(models)
-        self.data_collator = collator = PairCollator(_pad_token_id(tokenizer), self.layout)
+            return find_layout([bare(each) for each in models], self.args.packing, self.args.shared_prompt, longest)
+
+    def _add_reference_logps(self, policy: Any, reference: Any, *, new_adapter: bool) -> None:
+        """To both data sets. The reference is not kept."""
+        args = self.args
 
         def refer(dataset: Dataset, name: str) -> Dataset:
             return with_checked_reference(
@@ -178,21 +161,25 @@ class HDPOTrainer(ResumableTrainer):
                 policy,
                 reference,
                 accelerator=self.accelerator,
-                collator=collator,
+                collator=self.data_collator,  # type: ignore[arg-type]
                 batch_size=args.precompute_ref_batch_size or args.train_batch_size,
                 chunk_bytes=args.chunk_bytes,
                 cache_dir=args.ref_cache_dir,
                 name=name,
-                new_adapter=peft_config is not None and reference is policy,
-                noise=not args.disable_dropout or train_dataset is None,
+                new_adapter=new_adapter,
+                noise=not args.disable_dropout or self.train_dataset is None,
             )
 
         self.train_dataset = _map_datasets(self.train_dataset, refer, "train")
         self.eval_dataset = _map_datasets(self.eval_dataset, refer, "eval")
+
+    def _add_callbacks(self) -> None:
+        """What sets alpha, what writes metrics.jsonl and report.png, and what ends a run at SIGTERM."""
+        args = self.args
         if self.train_dataset is not None:
             self.start = self._start()
             if args.alpha_final is not None:
-                self.add_callback(AlphaSchedule(self.loss_kwargs, args.alpha_schedule, args.alpha_final))
+                self.add_callback(AlphaSchedule(self.loss, args.alpha_schedule, args.alpha_final))
             if args.target_entropy is not None:
                 self.entropy_control = self._entropy_control(args.target_entropy)
                 self.add_callback(self.entropy_control)
@@ -230,12 +217,10 @@ class HDPOTrainer(ResumableTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        result: HDPOLoss = model(**model_inputs(inputs, self.accelerator.device, self.loss_kwargs))
+        result: HDPOLoss = model(**model_inputs(inputs, self.accelerator.device, self.loss.keywords))
         weight = inputs.get("weight", 1.0)  # 0: the pair is a repeat
         if self._sums is not None:
-            options = replace(self.args.pair_options, alpha=self.loss_kwargs["alpha"])
-            sums = batch_sums(result, inputs, options)
-            self._sums.append(sums * (weight > 0))
+            self._sums.append(batch_sums(result, inputs, self.loss.pairs) * (weight > 0))
         loss = result.loss * weight
         return (loss, result) if return_outputs else loss
 
@@ -355,7 +340,7 @@ class HDPOTrainer(ResumableTrainer):
             self._trained.clear()
             seen = next((line["num_tokens"] for line in self.state.log_history[::-1] if "num_tokens" in line), 0)
             metrics["num_tokens"] += seen
-            logs.update({**metrics, "loss": logs["loss"], "alpha": self.loss_kwargs["alpha"]})
+            logs.update({**metrics, "loss": logs["loss"], "alpha": self.loss.alpha})
             if self.entropy_control is not None:
                 logs.update(self.entropy_control.metrics())
         if "train_loss" in logs:  # Trainer's counts from the last resume on
@@ -425,7 +410,7 @@ class HDPOTrainer(ResumableTrainer):
             return sums[0].item(), int(sums[1])
 
         return EntropyControl(
-            self.loss_kwargs, Target.parse(target), probe,
+            self.loss, Target.parse(target), probe,
             bounds=(args.alpha_min, args.alpha_max), every=args.entropy_steps,
         )  # fmt: skip
 
@@ -446,6 +431,31 @@ class HDPOTrainer(ResumableTrainer):
             "initial_margin": margins.mean().item(),
             "initial_margin_largest": margins.abs().max().item(),
         }
+
+
+def _check_call(
+    args: HDPOConfig,
+    model: Any,
+    ref_model: Any,
+    train_dataset: Any,
+    eval_dataset: Any,
+    callbacks: Any,
+    trainer_kwargs: dict[str, Any],
+) -> None:
+    """Raises ValueError or TypeError for arguments of the constructor that do not go together."""
+    if not isinstance(args, HDPOConfig):
+        raise TypeError(f"args must be an HDPOConfig, got {type(args).__name__}")
+    if train_dataset is None and eval_dataset is None:
+        raise ValueError("neither train_dataset nor eval_dataset given")
+    check_arguments(trainer_kwargs)
+    check_best_metric(args.metric_for_best_model, bool(callbacks))
+    if ref_model is not None and ref_model is model:
+        raise ValueError("ref_model is the model itself; leave it out to use the policy as it is now as reference")
+    if args.model_init_kwargs and not isinstance(model, str):
+        raise ValueError(f"model_init_kwargs={args.model_init_kwargs!r} come too late for a model: give its name")
+    if ref_model is not None:
+        for dataset, kind in ((train_dataset, "train"), (eval_dataset, "eval")):
+            _map_datasets(dataset, _refuse_two_references, kind)
 
 
 def _source(part: Any) -> str | None:
@@ -471,16 +481,6 @@ def _refuse_two_references(dataset: Any, name: str) -> None:
 
 def _num_pairs(batch: dict[str, Any]) -> int:
     return len(batch["cu_seqlens"]) // 2
-
-
-def _check_vocabulary(dataset: Dataset, vocab: int, name: str) -> None:
-    columns = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).iter(batch_size=1000)
-    top = max(max(ids) for batch in columns for column in batch.values() for ids in column)
-    if top >= vocab:
-        raise ValueError(
-            f"the {name} set has token id {top}, but the model's head has {vocab} entries: "
-            "the tokenizer does not belong to the model, or model.resize_token_embeddings was left out"
-        )
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

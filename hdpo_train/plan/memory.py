@@ -314,7 +314,7 @@ def micro_batch(
         ledger.kind = "activations"
         ledger.mark("begin")
     with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
-        loss = model(**model_inputs(inputs, torch.device(device), args.loss_kwargs())).loss
+        loss = model(**model_inputs(inputs, torch.device(device), args.step_loss().keywords)).loss
         loss = loss / args.gradient_accumulation_steps
     if ledger is not None:
         ledger.kind = "other"

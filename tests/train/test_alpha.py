@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from hdpo_kernels.pair import PairOptions
 from hdpo_train import HDPOConfig, quickstart
-from hdpo_train.alpha import EntropyControl, Target, alpha_at
+from hdpo_train.alpha import EntropyControl, StepLoss, Target, alpha_at
 from hdpo_train.quickstart import task
 from hdpo_train.run.report import read_metrics
 from tests.train.test_trainer import losses, make_trainer, plain_losses
@@ -174,13 +175,13 @@ class Plant:
 
 
 def steer(plant: Plant, target: str, probes: int, bounds=(0.4, 2.5)) -> tuple[EntropyControl, list[float]]:
-    control = EntropyControl({"alpha": 1.0}, Target.parse(target), plant, bounds=bounds, every=10)
+    control = EntropyControl(StepLoss(PairOptions(1.0, 0.1), {}), Target.parse(target), plant, bounds=bounds, every=10)
     args, state, alphas = HDPOConfig(output_dir="unused", use_cpu=True), TrainerState(max_steps=10 * probes), []
     control.on_train_begin(args, state, TrainerControl())
     for step in range(10 * probes):
         state.global_step = step
         control.on_step_begin(args, state, TrainerControl())
-        alphas.append(control.loss_kwargs["alpha"])
+        alphas.append(control.loss.alpha)
         if step % 10 == 9:
             plant.move(alphas[-1])
     state.global_step = state.max_steps
@@ -204,7 +205,7 @@ def test_control_stays_at_a_bound_says_so_and_leaves_it_at_once():
     assert "alpha stands at alpha_min = 0.7" in control.describe()
     control.target = Target.parse("1.0")
     control.on_step_begin(None, TrainerState(max_steps=1000, global_step=300), TrainerControl())
-    assert control.loss_kwargs["alpha"] > 0.7
+    assert control.loss.alpha > 0.7
 
 
 def test_control_of_a_run_without_a_step():
@@ -216,7 +217,7 @@ def test_control_of_a_run_without_a_step():
 
 @pytest.mark.parametrize("probe", [lambda _: (math.nan, 10), lambda _: (0.0, 10)], ids=["nan", "certain"])
 def test_control_stops_where_there_is_nothing_to_steer_by(probe):
-    control = EntropyControl({"alpha": 1.0}, Target.parse("0.9"), probe, bounds=(0.5, 2), every=1)
+    control = EntropyControl(StepLoss(PairOptions(1.0, 0.1), {}), Target.parse("0.9"), probe, bounds=(0.5, 2), every=1)
     with pytest.raises(FloatingPointError, match="nothing to steer"):
         control.on_step_begin(None, TrainerState(max_steps=3), TrainerControl())
 
