@@ -24,6 +24,7 @@ from benchmarks.harness import use_one_device
 from benchmarks.sampled import EXPONENTS, GEMM, SAMPLED, over
 from benchmarks.table import RESULTS, Row, device_name, read
 from benchmarks.train_step import OURS as OUR_TRAINER
+from hdpo_train import markdown
 
 ROOT = Path(__file__).parent.parent
 GRACE = 10.0  # seconds from being asked to end until being killed
@@ -134,14 +135,14 @@ def _kill_group(process: subprocess.Popen) -> None:
 
 def table(results: Sequence[Result], rows: Sequence[Row]) -> str:
     """A line per stage: how it ended, and our first figure of it or what it said last."""
-    lines = ["| stage | | seconds | |", "|---|---|---|---|"]
+    lines = []
     for result in results:
         contestant, metric = HEADLINES.get(result.name, ("", ""))
         found = [row for row in rows if (row["question"], row["contestant"], row["metric"])
                  == (result.name, contestant, metric)]  # fmt: skip
         figure = "{shape}: {metric} {value} {unit}".format(**found[0]).strip() if found else result.said
-        lines.append(f"| {result.name} | {result.status} | {result.seconds:.0f} | {figure} |")
-    return "\n".join(lines)
+        lines.append([result.name, result.status, f"{result.seconds:.0f}", figure])
+    return markdown.table(["stage", "", "seconds", ""], lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

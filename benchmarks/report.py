@@ -10,6 +10,7 @@ from benchmarks.contest import OUR_RATIO
 from benchmarks.contestants import CONTESTANTS, NAIVE, OURS, rank
 from benchmarks.real import report as real
 from benchmarks.table import RESULTS, Row, natural, read
+from hdpo_train import markdown
 
 ROOT = Path(__file__).parent.parent
 NOTES = Path(__file__).parent / "NOTES.md"
@@ -96,11 +97,11 @@ def _table(rows: Sequence[Row], pivot: Pivot) -> list[str]:
     if not figures:
         return []
     columns = sorted({contestant for _, contestant in figures}, key=rank)
-    lines = [f"| {pivot.title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines = []
     for shape in sorted({shape for shape, _ in figures}, key=natural):
         cells = [figures.get((shape, name)) or statuses.get((shape, name), "").split(":")[0] for name in columns]
-        lines.append(f"| {shape} | {' | '.join(cells)} |")
-    return ["\n".join(lines), *_reasons(rows, columns)]
+        lines.append([shape, *cells])
+    return [markdown.table([pivot.title, *columns], lines), *_reasons(rows, columns)]
 
 
 def _reasons(rows: Sequence[Row], shown: Iterable[str]) -> list[str]:
@@ -134,13 +135,13 @@ def _sampled_table(rows: Sequence[Row]) -> list[str]:
             table.append([title, *(cell if cell.strip(" /") else "" for cell in cells)])
     if len(table) == 2:
         return []
-    header, *body = (f"| {' | '.join(line)} |" for line in zip(*table, strict=True))
+    header, *body = zip(*table, strict=True)
     names = {contestant for _, contestant in measured}
     legend = (
         "Of the sampled gradient at ε, one draw; off: relative error against fp64. Filtered: plain PyTorch whose "
         "gradient lacks every probability below ε but the label's."
     )
-    return ["\n".join([header, "|---" * len(table) + "|", *body]), " ".join([legend, *_reasons(rows, names)])]
+    return [markdown.table(header, body), " ".join([legend, *_reasons(rows, names)])]
 
 
 def _figure(row: Row) -> str:

@@ -39,6 +39,7 @@ from benchmarks.table import RESULTS, Row, Table, read
 from hdpo_kernels.checks import check_gradient
 from hdpo_kernels.sampled.entries import most_entries
 from hdpo_train import quickstart
+from hdpo_train.markdown import table
 from hdpo_train.quickstart import Settings, task
 from hdpo_train.run.report import read_metrics
 from hdpo_train.sweep.significance import critical_t, paired
@@ -125,11 +126,7 @@ def markdown(rows: Sequence[Row]) -> str:
         f"{statistics.fmean(values[name, 'mean entries']):.3g} ({max(values[name, 'most entries']):g})"
         for name in names
     ]
-    lines = [
-        f"| H-DPO on the quickstart, {len(seeds)} seeds | {' | '.join(names)} |",
-        "|---" * (len(names) + 1) + "|",
-        f"| entries per token, mean (at most) | {' | '.join(entries)} |",
-    ]
+    lines = [["entries per token, mean (at most)", *entries]]
     different = []
     for metric, unit in UNITS.items():
         digits = 2 if unit == "%" else 4
@@ -139,7 +136,7 @@ def markdown(rows: Sequence[Row]) -> str:
             cells.append(f"{result.mean:+.{digits}f} ± {result.half_width:.{digits}f} (t = {result.t:+.2f})")
             if result.excludes_zero:
                 different.append(f"{metric} with {name}")
-        lines.append(f"| {metric}, {unit} | {' | '.join(cells)} |")
+        lines.append([f"{metric}, {unit}", *cells])
     comparisons, first = len(UNITS) * (len(names) - 1), rows[0]
     notes = (
         "First column: mean over the seeds. Others: mean difference to it, seed by seed, ± half its 99% confidence "
@@ -149,7 +146,8 @@ def markdown(rows: Sequence[Row]) -> str:
         f"Final loss: mean of the last {LAST_LOGS} log lines. {first['device']}, torch {first['torch']}; commit "
         f"{first['commit']}, {first['time'][:10]}; again: `python -m benchmarks.sampled_training`.",
     )
-    return "\n".join(lines) + "\n\n" + " ".join(notes)
+    header = [f"H-DPO on the quickstart, {len(seeds)} seeds", *names]
+    return table(header, lines) + "\n\n" + " ".join(notes)
 
 
 def draw(curves: Curves, path: Path) -> None:

@@ -10,6 +10,7 @@ from benchmarks.real.training import LOSS_OFF, MOVED, PARAMETER_OFF
 from benchmarks.sampled import FILTERED, SAMPLED
 from benchmarks.table import Row
 from benchmarks.train_step import OUR_CPU_RATIO, OUR_MEMORY_RATIO, OURS, TRL
+from hdpo_train.markdown import table
 
 COMMAND = "make real"
 _ERRORS = ("d_hidden, relative", "d_weight, relative")
@@ -50,7 +51,7 @@ def short(rows: Sequence[Row]) -> str:
         return f"Not measured yet (`{COMMAND}`)."
     trl = next(row["peer"] for row in rows if row["contestant"] == TRL and row["peer"])
     title = f"SmolLM2-135M, DPO in fp32 on 2 CPU cores, against TRL {trl}"
-    return _table([title, "time", "peak memory", "a loss differs by"], lines)
+    return table([title, "time", "peak memory", "a loss differs by"], lines)
 
 
 def long(rows: Sequence[Row]) -> str:
@@ -90,7 +91,7 @@ def _steps(figures: Figures) -> str:
             cell(shape, TRL, "peak memory"), cell(shape, TRL, OUR_MEMORY_RATIO),
         ])  # fmt: skip
     names = ["time of a step", "/ TRL's", "CPU time / TRL's", "peak memory above model and data", "TRL's", "ratio"]
-    return _table(["One optimizer step", *names], lines) if lines else ""
+    return table(["One optimizer step", *names], lines) if lines else ""
 
 
 def _trajectories(figures: Figures) -> str:
@@ -100,7 +101,7 @@ def _trajectories(figures: Figures) -> str:
         ours = [figures.cell(shape, OURS, metric, digits) for metric, digits in (("last loss", 4), (MOVED, 2))]
         lines.append([shape[1], *cells, *ours])
     names = ["largest difference of a loss", "of a parameter", "last loss", "largest change of a parameter"]
-    return _table(["The same steps as TRL's", *names], lines) if lines else ""
+    return table(["The same steps as TRL's", *names], lines) if lines else ""
 
 
 def _log_probs(figures: Figures) -> str:
@@ -110,7 +111,7 @@ def _log_probs(figures: Figures) -> str:
         for shape in figures.shapes("log-prob")
     ]
     title = "Log-prob of a sequence from bf16 hidden states and weights: largest error against fp64"
-    return _table([title, *ways], lines) if lines else ""
+    return table([title, *ways], lines) if lines else ""
 
 
 def _entropies(figures: Figures) -> str:
@@ -120,7 +121,7 @@ def _entropies(figures: Figures) -> str:
         lines.append(
             [shape[1], before, *(figures.cell(shape, way, "entropy after", 5) for way in (FP32, EXACT, ROUNDED))]
         )
-    return _table(["Entropy of held-out answers", "before", FP32, EXACT, ROUNDED], lines) if lines else ""
+    return table(["Entropy of held-out answers", "before", FP32, EXACT, ROUNDED], lines) if lines else ""
 
 
 def sampled(rows: Sequence[Row]) -> str:
@@ -138,12 +139,7 @@ def sampled(rows: Sequence[Row]) -> str:
             both = [" / ".join(f"{float(cell):.1%}" for cell in cells if cell) for cells in errors]
             pairs = zip(both, entries, strict=True)
             lines.append([way, *(f"{off}, {count}" if count else off for off, count in pairs)])
-    return _table(["off: d_hidden / d_weight, entries", *entropies], lines) + f"\n\n{_where(rows)}"
-
-
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [f"| {' | '.join(line)} |" for line in (header, *lines)]
-    return "\n".join([rows[0], "|---" * len(header) + "|", *rows[1:]])
+    return table(["off: d_hidden / d_weight, entries", *entropies], lines) + f"\n\n{_where(rows)}"
 
 
 def _number(text: str, digits: int) -> str:

@@ -29,6 +29,7 @@ from benchmarks.study import arithmetic
 from benchmarks.table import commit, device_name, installed
 from hdpo_train import quickstart
 from hdpo_train.evaluation.evaluate import EvalOptions
+from hdpo_train.markdown import table
 from hdpo_train.quickstart import Settings
 from hdpo_train.sweep import report as sweep_report
 from hdpo_train.sweep.report import (
@@ -98,18 +99,19 @@ def markdown(result: Sweep, plot: str, about: str) -> str:
 def claims_table(result: Sweep) -> str:
     """What the paper says, and for each α whether it holds here."""
     alphas = [alpha for alpha in sorted(result.runs) if alpha != 1]
-    lines = ["| | " + " | ".join(f"α = {alpha:g}" for alpha in alphas) + " |", "|---" * (len(alphas) + 1) + "|"]
+    lines = []
     compared = 0
     for claim, metric, differences in claims(result):
         compared += sum(difference is not None for difference in differences.values())
         texts = [_verdict(differences[alpha], metric) if alpha in differences else "" for alpha in alphas]
-        lines.append(f"| {claim} | {' | '.join(texts)} |")
+        lines.append([claim, *texts])
     note = (
         "Differences to α = 1, seed by seed, ± half their 95 % confidence interval. A claim holds, or its opposite, "
         "where that excludes zero; of comparisons without any difference one in twenty does by chance, and here are "
         f"{compared}. At equal entropy: α = 1 at the temperature that gives it the entropy that α has at temperature 1."
     )
-    return "\n".join([sweep_report.trend_sentence(result), "", *lines, "", note])
+    verdicts = table(["", *(f"α = {alpha:g}" for alpha in alphas)], lines)
+    return "\n\n".join([sweep_report.trend_sentence(result), verdicts, note])
 
 
 def claims(result: Sweep) -> list[tuple[str, Metric, dict[float, Interval | None]]]:

@@ -9,6 +9,7 @@ import functools
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from transformers.utils import logging
@@ -24,7 +25,7 @@ from hdpo_train.evaluation.evaluate import DEFAULT_K, EvalOptions, grade
 from hdpo_train.evaluation.report import draw, drawn, markdown
 from hdpo_train.evaluation.sampler import Sampler
 from hdpo_train.evaluation.samples import read_samples
-from hdpo_train.evaluation.scores import Evaluation, as_json
+from hdpo_train.evaluation.scores import Evaluation
 from hdpo_train.files import write_whole
 from hdpo_train.model.loading import in_gguf
 from hdpo_train.parser import Parser, WideHelp, add_option
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> None:
 
 def _evaluate(options: argparse.Namespace, folder: Path) -> None:
     evaluations = run(options)
-    text = json.dumps([as_json(each) for each in evaluations], indent=2, ensure_ascii=False)
+    text = json.dumps([asdict(each) for each in evaluations], indent=2, ensure_ascii=False)
     table = markdown(evaluations)
     write_whole(folder / RESULTS_FILE, text + "\n")
     write_whole(folder / TABLE_FILE, table + "\n")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hdpo_train.evaluation.scores import NGRAMS, SELF_BLEU_SAMPLES, Estimate, Evaluation, Scores
+from hdpo_train.markdown import table
 
 _STYLES = ("-", "--", ":", "-.")
 Cell = Callable[[Scores], Estimate | None]
@@ -26,11 +27,11 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
         "entropy": (lambda s: s.entropy, three),
     }
     columns = {name: column for name, column in columns.items() if any(column[0](scores) for _, scores in rows)}
-    lines = [f"| | temperature | samples | {' | '.join(columns)} |", "|---" * (len(columns) + 3) + "|"]
+    lines = []
     for each, scores in rows:
         cells = [_cell(get(scores), form) for get, form in columns.values()]
         temperature = f"{scores.temperature:g}" if scores.temperature else "0 (greedy)"
-        lines.append(f"| {each.name} | {temperature} | {scores.num_samples} | {' | '.join(cells)} |")
+        lines.append([each.name, temperature, str(scores.num_samples), *cells])
     notes = {
         "accuracy": "Accuracy: share of samples that are right.",
         "pass@": "pass@k: probability that one of k samples is right (unbiased).",
@@ -48,7 +49,8 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
         "without width says only that these prompts are all alike)."
     )
     faults = [f"\n\n{each.name}: {line}." for each in evaluations if (line := each.faults())]
-    return "\n".join(lines) + "\n\n" + " ".join([interval, *meaning]) + "".join(faults)
+    figures = table(["", "temperature", "samples", *columns], lines)
+    return figures + "\n\n" + " ".join([interval, *meaning]) + "".join(faults)
 
 
 def drawn(draw: Callable[[Any, Path], None], results: Any, path: Path) -> bool:

@@ -4,9 +4,9 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,7 +17,8 @@ NGRAMS = (1, 2)  # of distinct-n
 Read = TypeVar("Read")
 
 
-class Estimate(NamedTuple):
+@dataclass(frozen=True)
+class Estimate:
     """A mean over prompts and its 95 % bootstrap interval (percentiles, prompts resampled).
 
     The interval says what other prompts of the same kind would give, not what other samples or seeds of training
@@ -43,7 +44,8 @@ class Scores:
     entropy: Estimate | None  # nats per generated token of the distribution sampled from; greedy: of temperature 1
 
 
-class Unjudged(NamedTuple):
+@dataclass(frozen=True)
+class Unjudged:
     """Completions that the checker could not judge for the same reason; they count as wrong."""
 
     reason: str
@@ -72,7 +74,7 @@ class Evaluation:
         return f"{number} of {total} completions could not be judged, and count as wrong: {', '.join(reasons)}"
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(as_json(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "Evaluation":
@@ -195,23 +197,6 @@ def sentence_bleu() -> Any:
     return BLEU(effective_order=True)
 
 
-def as_json(evaluation: Evaluation) -> dict[str, Any]:
-    """Of objects, numbers and strings; an estimate is {"value", "low", "high"}."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Estimate | Unjudged):
-            return value._asdict()
-        if isinstance(value, tuple):
-            return [plain(part) for part in value]
-        if isinstance(value, Scores):
-            return {name: plain(part) for name, part in vars(value).items()}
-        if isinstance(value, dict):
-            return {str(key): plain(part) for key, part in value.items()}
-        return value
-
-    return {name: plain(part) for name, part in vars(evaluation).items()}
-
-
 def read_json(path: Path, parse: Callable[[Any], Read]) -> Read:
     """What `parse` makes of a JSON file that this program wrote. Raises OSError, or ValueError if it is damaged."""
     try:
@@ -224,10 +209,10 @@ def read_json(path: Path, parse: Callable[[Any], Read]) -> Read:
 
 
 def from_json(data: dict[str, Any]) -> Evaluation:
-    """The evaluation that `as_json` made this of."""
+    """The evaluation that `dataclasses.asdict` made this of."""
 
     def estimate(value: dict[str, float] | None) -> Any:
-        return None if value is None else Estimate(*(float(value[name]) for name in Estimate._fields))
+        return None if value is None else Estimate(*(float(value[name]) for name in ("value", "low", "high")))
 
     def scores(data: dict[str, Any]) -> Scores:
         counted = {

@@ -24,7 +24,8 @@ from hdpo_train.evaluation.evaluate import EvalOptions, evaluate
 from hdpo_train.evaluation.pairs import draw_pairs
 from hdpo_train.evaluation.problems import Problem
 from hdpo_train.evaluation.sampler import SamplingOptions, answers
-from hdpo_train.evaluation.scores import Evaluation, as_json
+from hdpo_train.evaluation.scores import Evaluation
+from hdpo_train.markdown import table
 from hdpo_train.quickstart import task
 from hdpo_train.quickstart.model import new_model, teach, train_tokenizer
 from hdpo_train.trainer import HDPOTrainer
@@ -103,7 +104,7 @@ def run(folder: Path, settings: Settings) -> dict[str, Evaluation]:
 
     table = _table(results)
     (folder / TABLE_FILE).write_text(table + "\n", encoding="utf-8")
-    text = json.dumps([as_json(result) for result in results.values()], indent=2, ensure_ascii=False)
+    text = json.dumps([asdict(result) for result in results.values()], indent=2, ensure_ascii=False)
     (folder / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
     print(f"\n{table}\n\n{time.perf_counter() - started:.0f} s in all; models, pairs, plots and results: {folder}/")
     return results
@@ -212,18 +213,15 @@ class _BarOnly(ProgressCallback):
 
 
 def _table(results: dict[str, Evaluation]) -> str:
-    lines = [
-        f"| | greedy accuracy | sampled accuracy | pass@{K} | distinct right answers | entropy, nats per token |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for name, result in results.items():
         greedy, sampled = result.greedy, result.sampled[1.0]
         assert greedy is not None and sampled.entropy is not None
-        lines.append(
-            f"| {name} | {greedy.accuracy.value:.1%} | {sampled.accuracy.value:.1%} | {sampled.pass_at[K].value:.1%} "
-            f"| {sampled.distinct_right.value:.1f} of {sampled.num_samples} | {sampled.entropy.value:.3f} |"
-        )
-    return "\n".join(lines)
+        shares = (greedy.accuracy, sampled.accuracy, sampled.pass_at[K])
+        distinct = f"{sampled.distinct_right.value:.1f} of {sampled.num_samples}"
+        rows.append([name, *(f"{share.value:.1%}" for share in shares), distinct, f"{sampled.entropy.value:.3f}"])
+    columns = ("greedy accuracy", "sampled accuracy", f"pass@{K}", "distinct right answers", "entropy, nats per token")
+    return table(["", *columns], rows)
 
 
 def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -8,12 +8,14 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hdpo_train.evaluation.report import drawn
-from hdpo_train.evaluation.scores import Evaluation, Scores, as_json, from_json, read_json
+from hdpo_train.evaluation.scores import Evaluation, Scores, from_json, read_json
 from hdpo_train.files import write_whole
+from hdpo_train.markdown import table
 from hdpo_train.sweep.significance import Interval, Trend, interval, page_trend, paired
 
 REPORT_FILE, PLOT_FILE, RESULTS_FILE = "sweep.md", "sweep.png", "results.json"
@@ -32,8 +34,8 @@ class Sweep(NamedTuple):
         return len(self.runs[1.0])
 
     def save(self, path: Path) -> None:
-        runs = {str(alpha): [as_json(each) for each in seeds] for alpha, seeds in self.runs.items()}
-        text = json.dumps({**self._asdict(), "base": [as_json(each) for each in self.base], "runs": runs})
+        runs = {str(alpha): [asdict(each) for each in seeds] for alpha, seeds in self.runs.items()}
+        text = json.dumps({**self._asdict(), "base": [asdict(each) for each in self.base], "runs": runs})
         write_whole(path, text + "\n")
 
     @classmethod
@@ -208,10 +210,6 @@ def _cell(figures: Sequence[float], metric: Metric) -> str:
     return f"{metric.show(mean.mean).removesuffix(metric.unit)} ± {metric.show(mean.half_width)}"
 
 
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines))
-
-
 def figures_table(sweep: Sweep, names: Sequence[str] = ()) -> str:
     """α by metric; names: of these alone."""
     found = [metric for metric in metrics(sweep).values() if not names or metric.name in names]
@@ -219,7 +217,7 @@ def figures_table(sweep: Sweep, names: Sequence[str] = ()) -> str:
     for alpha, seeds in sorted(sweep.runs.items()):
         name = "α = 1 (DPO)" if alpha == 1 else f"α = {alpha:g}"
         lines.append([name, *(_cell(values(seeds, metric), metric) for metric in found)])
-    return _table(["", *(metric.name for metric in found)], lines)
+    return table(["", *(metric.name for metric in found)], lines)
 
 
 def differences_table(sweep: Sweep) -> str:
@@ -235,7 +233,7 @@ def differences_table(sweep: Sweep) -> str:
         "Differences to α = 1, seed by seed, ± half their 95 % confidence interval; bold where it excludes zero (by "
         f"chance, in one of twenty comparisons where there is no difference; here are {len(lines) * len(found)})."
     )
-    return f"{_table(['', *(metric.name for metric in found)], lines)}\n\n{note}"
+    return f"{table(['', *(metric.name for metric in found)], lines)}\n\n{note}"
 
 
 def _difference(difference: Interval, metric: Metric) -> str:
@@ -251,7 +249,7 @@ def temperatures_table(sweep: Sweep) -> str:
         [f"T = {temperature:g}", *(_cell(values(dpo, metric, temperature), metric) for metric in found)]
         for temperature in sorted(dpo[0].sampled)
     ]
-    return _table(["α = 1, sampled at", *(metric.name for metric in found)], lines)
+    return table(["α = 1, sampled at", *(metric.name for metric in found)], lines)
 
 
 def frontier_table(sweep: Sweep) -> str:
@@ -271,7 +269,7 @@ def frontier_table(sweep: Sweep) -> str:
         "entropy (linear interpolation between the temperatures above); ± and bold as before. An α whose entropy lies "
         "outside of what the temperatures reach, for any seed, is not compared."
     )
-    return f"{_table(header, lines)}\n\n{note}"
+    return f"{table(header, lines)}\n\n{note}"
 
 
 def conclusions(sweep: Sweep) -> list[str]:
