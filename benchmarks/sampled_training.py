@@ -13,8 +13,8 @@ equality, so read it beside that of the other data order.
 
 Compared are a trained model's greedy and sampled accuracy and its entropy, on the quickstart's held-out prompts, and
 the mean loss of the last 25 steps. Leaves sampled-training.csv (a row a seed, run and figure), .md (the table, which
-`python -m benchmarks.report` puts into the READMEs) and .png (loss and entropy while training). About ten minutes on
-two cores.
+`python -m benchmarks.report` puts into the documentation) and .png (loss and entropy while training). About ten
+minutes on two cores.
 
 ε: the quickstart's vocabulary is 289, so 1/256 is close to the least allowed (1/ε + 2 entries may not exceed it). At
 its SFT model a batch's gradient is then off by 0.5% of its norm, about what ε = 2⁻¹⁰ does to d_hidden with a vocabulary

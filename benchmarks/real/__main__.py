@@ -10,7 +10,7 @@ shared/data lies beside the project. Beside TRL's DPOTrainer, in one process:
   entropy      after a few dozen steps in bf16 autocast, with the head's sums in fp32 and rounded to bf16
 
 About 20 minutes on two cores; --long adds a pair of 2 × 2,048 tokens, for which TRL needs 10 GiB and that time again.
-Results: results/real.csv, written after each question; `python -m benchmarks.report` puts them into the README.
+Results: results/real.csv, written after each question; `python -m benchmarks.report` makes tables of them.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What results/real.csv says, as tables: a short one for README.md, a long one for NOTES.md, the sampled gradient's."""
+"""results/real.csv as tables: a short one for README.md, a long one for docs/, one of the sampled gradient."""
 
 from collections.abc import Sequence
 

@@ -4,8 +4,9 @@
     python -m benchmarks.study --larger    on a CUDA GPU: a Llama of 28M parameters, arithmetic in words
 
 Every seed has its own SFT model, pairs and held-out prompts, and every α of a seed starts from these: seeds are blocks,
-and all comparisons are made within them. Leaves <name>.md (the report; README.md has its beginning), <name>.png and
-<name>.json (all figures) in benchmarks/study, name: study or larger. A run that was stopped is gone on with (--work).
+and all comparisons are made within them. Leaves in benchmarks/study <name>.md (the report; docs/what-alpha-does.md
+has its beginning), <name>.png and <name>.json (all figures), name: study or larger. A run that was stopped is gone on
+with (--work).
 
 The quickstart's task as it is leaves nothing to see: pass@8 is 99.9 % before H-DPO. So SFT is cut from 220 to 130
 steps, which leaves 39 to 54 % greedy accuracy and 75 to 89 % pass@8 before H-DPO with seeds 0 to 3 (125 steps: 14 to
@@ -81,7 +82,7 @@ def study(
 
 
 def markdown(result: Sweep, plot: str, about: str) -> str:
-    """The report; what stands before its first section is what the README says."""
+    """The report; what stands before its first section is what docs/what-alpha-does.md says."""
     return "\n\n".join(
         [
             f"# What α does: {result.title}",

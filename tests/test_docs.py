@@ -1,4 +1,4 @@
-"""Every command and snippet of the README runs, and its tables are those of the result files."""
+"""README.md and docs/: commands and snippets run, tables are those of the result files, links lead somewhere."""
 
 import json
 import re
@@ -12,16 +12,20 @@ import pytest
 from tests.train.tiny import make_chain, make_records
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("training", "evaluating")),
+]  # in this order
+README, *GUIDES = (path.read_text(encoding="utf-8") for path in DOCUMENTS)
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", "\n".join([README, *GUIDES]), re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the README's commands name: a model, pairs.jsonl, prompts.jsonl, train.jsonl, run.yaml."""
+    """What the commands name: a model, pairs.jsonl, prompts.jsonl, train.jsonl, run.yaml."""
     from tests.train.conftest import tokenizer
 
     folder, tokens = tmp_path_factory.mktemp("readme"), tokenizer.__wrapped__()
@@ -60,7 +64,7 @@ def test_readme_training_commands_run_in_order(folder):
         assert name == "hdpo-train"
         commands.append(arguments)
     # One process for all of them: each would take seconds to import what it needs.
-    assert commands.pop(0) == ["--help"]  # which ends its process
+    commands.remove(["train", "--help"])  # which ends its process
     run = "import json, sys; from hdpo_train.__main__ import main; [main(each) for each in json.loads(sys.argv[1])]"
     result = python(folder, "-c", run, json.dumps(commands))
     assert result.returncode == 0, result.stderr[-2000:]
@@ -86,17 +90,31 @@ def test_readme_diff_for_trl_users_runs(folder):
     assert (folder / "out-diff" / "metrics.jsonl").exists()
 
 
-def test_readme_file_map_is_complete():
-    listed = set(re.findall(r"(\w+\.py)\b", README.split("## Files")[1].split("## Training")[0]))
-    for package in ("hdpo_kernels", "hdpo_train"):
-        for path in (ROOT / package).glob("*.py"):
-            assert path.name in listed | {"__init__.py"}, f"{package}/{path.name} is not in the README's file map"
-
-
-def test_readme_tables_are_those_of_the_results():
+def test_tables_are_those_of_the_results():
     from benchmarks import report
 
-    assert {"<!-- benchmarks: begin -->", "<!-- quickstart: begin -->"} <= set(README.splitlines())
-    for path in report.READMES:
+    assert {"<!-- real: begin -->", "<!-- head: begin -->", "<!-- quickstart: begin -->"} <= set(README.splitlines())
+    for path in report.DOCUMENTS:
         text = path.read_text(encoding="utf-8")
         assert report.filled_in(text) == text, f"{path}: run python -m benchmarks.report"
+
+
+def test_readme_is_read_in_two_minutes():
+    assert len(README.splitlines()) <= 150
+
+
+def anchors(text: str) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/*.md")], ids=str)
+def test_links_lead_somewhere(path):
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith("http"):
+            name, _, anchor = target.partition("#")
+            file = path.parent / name if name else path
+            assert file.exists(), f"{path}: {target}"
+            assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), f"{path}: {target}"
