@@ -39,6 +39,7 @@ from hdpo_train.ranks import (
     shards,
     weights,
 )
+from hdpo_train.run.card import CARD_FILE, model_card, write_card
 from hdpo_train.run.output_dir import refuse_base_model
 from hdpo_train.run.report import RunReport, mean_loss
 from hdpo_train.run.resuming import ResumableTrainer
@@ -369,6 +370,25 @@ class HDPOTrainer(ResumableTrainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._stop_where_broken({})
         super()._save_checkpoint(*args, **kwargs)
+
+    def create_model_card(self, model_name: str | None = None, dataset: Any = None, **metadata: Any) -> None:
+        """README.md beside the model: what it was trained from, on and with. One that somebody has changed stays.
+
+        model_name: default: the name of output_dir. dataset: names of the data. metadata: language, license, tags.
+        """
+        if not self.is_world_process_zero() or not self.state.log_history:  # nothing was trained, or by an earlier call
+            return
+        folder = Path(str(self.args.output_dir))
+        inner = bare(self.model)  # type: ignore[arg-type]
+        library = "transformers" if inner is self.model else "peft"
+        given = {name: value for name, value in metadata.items() if value is not None}
+        names = [dataset] if isinstance(dataset, str) else list(dataset or [])
+        text = model_card(
+            model_name or folder.resolve().name, inner.config._name_or_path, self.start, self.state.log_history,
+            datasets=names, library_name=library, **given,
+        )  # fmt: skip
+        if not write_card(folder, text):
+            logger.warning(f"{folder / CARD_FILE} is not of this trainer, and stays as it is: no model card is written")
 
     def _use_tiles(self, models: list[Any]) -> bool:
         """Let MLPs and norms run in tiles, if that is asked for, or a step would not fit otherwise; whether they do."""

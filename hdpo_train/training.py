@@ -39,6 +39,7 @@ def _train(script: ScriptArguments, args: HDPOConfig) -> HDPOTrainer:
         )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
+    trainer.create_model_card(dataset=script.dataset_name)
     if trainer.is_world_process_zero():
         folder = Path(str(args.output_dir))
         if trainer.entropy_control is not None and trainer.state.log_history:  # else it had ended before
