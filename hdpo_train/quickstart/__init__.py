@@ -4,6 +4,7 @@ demonstrations ── SFT ──> model ── sample, judge ──> pairs ─�
 """
 
 import copy
+import functools
 import json
 import random
 import shutil
@@ -23,14 +24,16 @@ from hdpo_train.config import HDPOConfig
 from hdpo_train.evaluation.evaluate import EvalOptions, evaluate
 from hdpo_train.evaluation.pairs import draw_pairs
 from hdpo_train.evaluation.problems import Problem
+from hdpo_train.evaluation.report import drawn
 from hdpo_train.evaluation.sampler import SamplingOptions, answers
 from hdpo_train.evaluation.scores import Evaluation
 from hdpo_train.markdown import table
 from hdpo_train.quickstart import task
 from hdpo_train.quickstart.model import new_model, teach, train_tokenizer
+from hdpo_train.quickstart.picture import draw
 from hdpo_train.trainer import HDPOTrainer
 
-SETTINGS_FILE, RESULTS_FILE, TABLE_FILE = "settings.json", "results.json", "results.md"
+SETTINGS_FILE, RESULTS_FILE, TABLE_FILE, PICTURE_FILE = "settings.json", "results.json", "results.md", "alpha.png"
 BATCH_SIZE = 1024  # samples at a time
 K = 8  # of pass@k
 
@@ -92,12 +95,12 @@ def run(folder: Path, settings: Settings) -> dict[str, Evaluation]:
         lines = [json.dumps(record) + "\n" for record in records]
         (folder / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
         note(f"{len(records)} pairs")
-    models = {"SFT (before)": model}
+    models, runs = {"SFT (before)": model}, {}
     for number, alpha in ((3, 1.0), (4, settings.alpha)):
         with stage(f"{number}/5 H-DPO, α = {alpha:g}") as note:
-            trained = copy.deepcopy(model)
-            trainer = train(trained, tokenizer, records, folder / f"alpha-{alpha:g}", settings, alpha=alpha)
-            models[f"H-DPO, α = {alpha:g}" + (" (DPO)" if alpha == 1 else "")] = trained
+            name = f"H-DPO, α = {alpha:g}" + (" (DPO)" if alpha == 1 else "")
+            models[name], runs[name] = copy.deepcopy(model), folder / f"alpha-{alpha:g}"
+            trainer = train(models[name], tokenizer, records, runs[name], settings, alpha=alpha)
             note(f"{trainer.state.global_step} steps, margin before training {trainer.start['initial_margin']:+.2f}")
     with stage(f"5/5 evaluation: {len(held_out)} held-out prompts, {settings.eval_samples} samples each"):
         results = {name: measure(model, tokenizer, held_out, settings, name) for name, model in models.items()}
@@ -106,7 +109,11 @@ def run(folder: Path, settings: Settings) -> dict[str, Evaluation]:
     (folder / TABLE_FILE).write_text(table + "\n", encoding="utf-8")
     text = json.dumps([asdict(result) for result in results.values()], indent=2, ensure_ascii=False)
     (folder / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
-    print(f"\n{table}\n\n{time.perf_counter() - started:.0f} s in all; models, pairs, plots and results: {folder}/")
+    picture = folder / PICTURE_FILE
+    shown = f"; {picture} shows what α did" * drawn(functools.partial(draw, runs), results, picture)
+    print(
+        f"\n{table}\n\n{time.perf_counter() - started:.0f} s in all{shown}; models, pairs, plots and results: {folder}/"
+    )
     return results
 
 

@@ -59,7 +59,7 @@ def test_run_leaves_models_pairs_plots_and_a_table(tmp_path, capsys):
     for name in ("sft", "alpha-1", "alpha-0.7"):
         AutoModelForCausalLM.from_pretrained(folder / name)
         AutoTokenizer.from_pretrained(folder / name)
-    assert (folder / "alpha-0.7" / "report.png").exists()
+    assert (folder / "alpha-0.7" / "report.png").exists() and (folder / "alpha.png").stat().st_size > 20_000
     assert quickstart.run(folder, TINY) == results  # again in the same folder: replaced, and the same numbers
 
 
