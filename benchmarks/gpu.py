@@ -138,8 +138,11 @@ def table(results: Sequence[Result], rows: Sequence[Row]) -> str:
     lines = []
     for result in results:
         contestant, metric = HEADLINES.get(result.name, ("", ""))
-        found = [row for row in rows if (row["question"], row["contestant"], row["metric"])
-                 == (result.name, contestant, metric)]  # fmt: skip
+        found = [
+            row
+            for row in rows
+            if (row["question"], row["contestant"], row["metric"]) == (result.name, contestant, metric)
+        ]
         figure = "{shape}: {metric} {value} {unit}".format(**found[0]).strip() if found else result.said
         lines.append([result.name, result.status, f"{result.seconds:.0f}", figure])
     return markdown.table(["stage", "", "seconds", ""], lines)

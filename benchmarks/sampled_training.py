@@ -50,9 +50,16 @@ UNITS = {"greedy accuracy": "%", "sampled accuracy": "%", "entropy": "nats per t
 LAST_LOGS = 5  # log lines, of 5 steps each, that the final loss is the mean of
 LEVEL = 0.99  # of the confidence intervals
 QUICK = Settings(
-    hidden_size=64, sft_steps=100, sft_batch_size=64, sft_learning_rate=5e-3, pair_prompts=300, batch_size=12, epochs=2,
-    held_out=8, eval_samples=8,
-)  # fmt: skip
+    hidden_size=64,
+    sft_steps=100,
+    sft_batch_size=64,
+    sft_learning_rate=5e-3,
+    pair_prompts=300,
+    batch_size=12,
+    epochs=2,
+    held_out=8,
+    eval_samples=8,
+)
 Curves = dict[str, list[list[dict[str, Any]]]]  # run -> seed -> log lines
 
 

@@ -114,10 +114,16 @@ def measure() -> list[Resources]:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 replaces the kernels by Python functions; unset it to compile them")
     return [
-        Resources(launch.kernel.__name__, name, launch.variant, *_resources(_compile(launch, target), target),
-                  triton.__version__)
-        for name, target in TARGETS.items() for launch in launches(target)
-    ]  # fmt: skip
+        Resources(
+            launch.kernel.__name__,
+            name,
+            launch.variant,
+            *_resources(_compile(launch, target), target),
+            triton.__version__,
+        )
+        for name, target in TARGETS.items()
+        for launch in launches(target)
+    ]
 
 
 def _compile(launch: Launch, target: GPUTarget):

@@ -28,9 +28,15 @@ class Table:
         self.rows: list[Row] = []
 
     def add(
-        self, question: str, shape: str, contestant: str, metric: str, values: tuple[float, ...], unit: str,
+        self,
+        question: str,
+        shape: str,
+        contestant: str,
+        metric: str,
+        values: tuple[float, ...],
+        unit: str,
         package: str = "",
-    ) -> None:  # fmt: skip
+    ) -> None:
         """One figure: values are the figure alone, or median, lower and upper quartile. package: for its version."""
         numbers = dict(zip(("value", "low", "high"), (f"{value:.{self.digits}g}" for value in values), strict=False))
         self._append(question, shape, contestant, package, metric=metric, unit=unit, **numbers)

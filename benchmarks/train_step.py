@@ -218,15 +218,25 @@ def _trainer(name: str, setup: Setup, device: str, folder: Path) -> Any:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=setup.vocab, hidden_size=setup.hidden_size, intermediate_size=setup.intermediate_size,
-        num_hidden_layers=setup.layers, num_attention_heads=setup.heads, num_key_value_heads=setup.kv_heads,
-        max_position_embeddings=max(prompt + max(both) for prompt, *both in setup.lengths), tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=setup.vocab - 2, pad_token_id=setup.vocab - 1,
-    )  # fmt: skip
+        vocab_size=setup.vocab,
+        hidden_size=setup.hidden_size,
+        intermediate_size=setup.intermediate_size,
+        num_hidden_layers=setup.layers,
+        num_attention_heads=setup.heads,
+        num_key_value_heads=setup.kv_heads,
+        max_position_embeddings=max(prompt + max(both) for prompt, *both in setup.lengths),
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=setup.vocab - 2,
+        pad_token_id=setup.vocab - 1,
+    )
     options: dict[str, Any] = dict(
-        per_device_train_batch_size=setup.pairs, max_steps=setup.steps, use_cpu=device == "cpu", bf16=device == "cuda",
+        per_device_train_batch_size=setup.pairs,
+        max_steps=setup.steps,
+        use_cpu=device == "cpu",
+        bf16=device == "cuda",
         gradient_checkpointing=setup.checkpointing,
-    )  # fmt: skip
+    )
     options |= {"shared_prompt": False} if name == UNSHARED else {}
     return make_trainer(name, folder, LlamaForCausalLM(config), _tokenizer(setup.vocab), _records(setup), options)
 
@@ -245,9 +255,16 @@ def make_trainer(
     from datasets import Dataset
 
     options = {
-        "output_dir": str(folder / "run"), "beta": 0.1, "max_length": None, "logging_steps": 1, "save_strategy": "no",
-        "report_to": "none", "disable_tqdm": True, "seed": 0, **options,
-    }  # fmt: skip
+        "output_dir": str(folder / "run"),
+        "beta": 0.1,
+        "max_length": None,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 0,
+        **options,
+    }
     given = {"model": model, "train_dataset": Dataset.from_list(list(records)), "processing_class": tokenizer}
     if name != TRL:
         from hdpo_train import HDPOConfig, HDPOTrainer

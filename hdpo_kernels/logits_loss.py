@@ -103,9 +103,15 @@ def _from_logits(
     need, inplace = grad.shape == logits.shape, grad is logits
     stats = torch.empty(2, len(labels), dtype=full_precision(logits.dtype), device=logits.device)
     backend(stats).row_stats(
-        logits, labels, out=TokenLogp(*stats), all_scored=all_scored, softcap=softcap, logit_scale=logit_scale,
-        grad_out=grad if need else None, overwrite=inplace,
-    )  # fmt: skip
+        logits,
+        labels,
+        out=TokenLogp(*stats),
+        all_scored=all_scored,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        grad_out=grad if need else None,
+        overwrite=inplace,
+    )
     rows = ScoredStats(stats, labels, bounds, cu_seqlens, ref_logps, all_scored)
     return results(pairs_of(rows, options, need, Ranks(None)))
 

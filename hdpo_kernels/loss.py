@@ -97,9 +97,16 @@ def linear_hdpo_loss(
         if tp_name is not None:
             raise ValueError("gradient='sampled' draws along the whole vocabulary; with tp_group use gradient='exact'")
         token = linear_logp(
-            hidden, weight, labels, bias=bias, softcap=softcap, logit_scale=logit_scale, gradient=gradient,
-            epsilon=epsilon, chunk_bytes=chunk_bytes,
-        )  # fmt: skip
+            hidden,
+            weight,
+            labels,
+            bias=bias,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            gradient=gradient,
+            epsilon=epsilon,
+            chunk_bytes=chunk_bytes,
+        )
         return token_hdpo_loss(token, labels, cu_seqlens, ref_logps, pair_options, sp_name)
     inputs = (hidden, weight, bias, labels, ref_logps, cu_seqlens)
     options = (*head_options.arguments, pair_options.numbers, tp_name, sp_name)

@@ -55,9 +55,17 @@ def sequence_sum(values, cu_seqlens) -> Tensor:
 
 
 def pair_loss(
-    logps, ref_logps, *, alpha, beta, loss_type="sigmoid", label_smoothing=0.0, nll_weight=0.0, lengths=None,
+    logps,
+    ref_logps,
+    *,
+    alpha,
+    beta,
+    loss_type="sigmoid",
+    label_smoothing=0.0,
+    nll_weight=0.0,
+    lengths=None,
     alpha_level="sequence",
-) -> HDPOLoss:  # fmt: skip
+) -> HDPOLoss:
     """The loss of P pairs from the log-probabilities (S,) of policy and reference (None: zeros).
 
     lengths (S,): scored tokens of each sequence, needed by "ipo", nll_weight and alpha_level "token".
@@ -103,9 +111,16 @@ def hdpo_loss(
     lengths = sequence_sum((labels != IGNORE_INDEX).to(token.logp.dtype), cu_seqlens)
     entropy = sequence_sum(token.entropy, cu_seqlens) / lengths.clamp(min=1)
     result = pair_loss(
-        sequence_sum(token.logp, cu_seqlens), ref_logps, alpha=alpha, beta=beta, loss_type=loss_type,
-        label_smoothing=label_smoothing, nll_weight=nll_weight, lengths=lengths, alpha_level=alpha_level,
-    )  # fmt: skip
+        sequence_sum(token.logp, cu_seqlens),
+        ref_logps,
+        alpha=alpha,
+        beta=beta,
+        loss_type=loss_type,
+        label_smoothing=label_smoothing,
+        nll_weight=nll_weight,
+        lengths=lengths,
+        alpha_level=alpha_level,
+    )
     return result._replace(entropy=entropy)
 
 
@@ -114,9 +129,7 @@ def linear_hdpo_loss(
 ) -> HDPOLoss:
     """The loss from hidden states (N, H) and the head's weight (V, H); loss_options as in `hdpo_loss`."""
     logits = F.linear(hidden, weight, bias)
-    return hdpo_loss(
-        logits, labels, cu_seqlens, ref_logps, softcap=softcap, logit_scale=logit_scale, **loss_options
-    )  # fmt: skip
+    return hdpo_loss(logits, labels, cu_seqlens, ref_logps, softcap=softcap, logit_scale=logit_scale, **loss_options)
 
 
 def _token_logp(logits, labels, softcap, logit_scale) -> TokenLogp:

@@ -118,9 +118,13 @@ def true_outcome(
 
     def token_logp(rows: slice) -> naive.TokenLogp:
         return naive.linear_logp(
-            leaves[0][rows], leaves[1], labels[rows],
-            bias=leaves[2] if bias is not None else None, softcap=softcap, logit_scale=logit_scale,
-        )  # fmt: skip
+            leaves[0][rows],
+            leaves[1],
+            labels[rows],
+            bias=leaves[2] if bias is not None else None,
+            softcap=softcap,
+            logit_scale=logit_scale,
+        )
 
     slices = [slice(start, start + slice_rows) for start in range(0, len(labels), slice_rows)]
     with torch.no_grad():

@@ -35,11 +35,22 @@ logger = logging.get_logger(__name__)
 _FORMAT = "1"  # of the cache file
 # what of a config does not change log-probs: where it came from, and what other code sets on it on the way
 _NOT_THE_FUNCTION = (
-    "_name_or_path", "transformers_version", "use_cache", "dtype", "pad_token_id", "bos_token_id", "eos_token_id",
-)  # fmt: skip
+    "_name_or_path",
+    "transformers_version",
+    "use_cache",
+    "dtype",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
 _NOT_OF_THE_ADAPTER = (
-    "base_model_name_or_path", "revision", "inference_mode", "init_lora_weights", "lora_dropout", "peft_version",
-)  # fmt: skip
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "init_lora_weights",
+    "lora_dropout",
+    "peft_version",
+)
 
 
 def with_reference(

@@ -177,9 +177,14 @@ def with_checked_reference(
         if not noise:
             start.check_training_mode(policy)
     dataset = with_reference(
-        dataset, reference, accelerator=accelerator, collator=collator, name=name, without_adapter=without_adapter,
+        dataset,
+        reference,
+        accelerator=accelerator,
+        collator=collator,
+        name=name,
+        without_adapter=without_adapter,
         **options,
-    )  # fmt: skip
+    )
     varies = varies_beyond(bare(reference).config)
     if not brought_along and (varies is None or start.longest <= varies):
         with start.ready(reference):

@@ -384,9 +384,14 @@ class HDPOTrainer(ResumableTrainer):
         given = {name: value for name, value in metadata.items() if value is not None}
         names = [dataset] if isinstance(dataset, str) else list(dataset or [])
         text = model_card(
-            model_name or folder.resolve().name, inner.config._name_or_path, self.start, self.state.log_history,
-            datasets=names, library_name=library, **given,
-        )  # fmt: skip
+            model_name or folder.resolve().name,
+            inner.config._name_or_path,
+            self.start,
+            self.state.log_history,
+            datasets=names,
+            library_name=library,
+            **given,
+        )
         if not write_card(folder, text):
             logger.warning(f"{folder / CARD_FILE} is not of this trainer, and stays as it is: no model card is written")
 
@@ -430,9 +435,12 @@ class HDPOTrainer(ResumableTrainer):
             return sums[0].item(), int(sums[1])
 
         return EntropyControl(
-            self.loss, Target.parse(target), probe,
-            bounds=(args.alpha_min, args.alpha_max), every=args.entropy_steps,
-        )  # fmt: skip
+            self.loss,
+            Target.parse(target),
+            probe,
+            bounds=(args.alpha_min, args.alpha_max),
+            every=args.entropy_steps,
+        )
 
     def _start(self) -> dict[str, Any]:
         """The first line of metrics.jsonl: what the run starts from."""

@@ -85,11 +85,17 @@ def _steps(figures: Figures) -> str:
     lines = []
     for shape in figures.shapes("trajectory", "step"):
         cell = figures.cell
-        lines.append([
-            shape[1], cell(shape, OURS, "time", spread=True), cell(shape, TRL, OUR_RATIO, spread=True),
-            cell(shape, TRL, OUR_CPU_RATIO, spread=True), cell(shape, OURS, "peak memory"),
-            cell(shape, TRL, "peak memory"), cell(shape, TRL, OUR_MEMORY_RATIO),
-        ])  # fmt: skip
+        lines.append(
+            [
+                shape[1],
+                cell(shape, OURS, "time", spread=True),
+                cell(shape, TRL, OUR_RATIO, spread=True),
+                cell(shape, TRL, OUR_CPU_RATIO, spread=True),
+                cell(shape, OURS, "peak memory"),
+                cell(shape, TRL, "peak memory"),
+                cell(shape, TRL, OUR_MEMORY_RATIO),
+            ]
+        )
     names = ["time of a step", "/ TRL's", "CPU time / TRL's", "peak memory above model and data", "TRL's", "ratio"]
     return table(["One optimizer step", *names], lines) if lines else ""
 

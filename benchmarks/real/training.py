@@ -84,9 +84,13 @@ def _train(name: str, folder: Path, work: Work, temporary: Path) -> Run:
     from transformers import AutoTokenizer
 
     options = dict(
-        per_device_train_batch_size=work.pairs, max_steps=work.steps, learning_rate=1e-5, use_cpu=True, bf16=False,
+        per_device_train_batch_size=work.pairs,
+        max_steps=work.steps,
+        learning_rate=1e-5,
+        use_cpu=True,
+        bf16=False,
         gradient_checkpointing=work.checkpointing,
-    )  # fmt: skip
+    )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     trainer = make_trainer(name, temporary, _model(folder), tokenizer, work.records, options)
     run = timed(trainer, "cpu", work.warm_up)

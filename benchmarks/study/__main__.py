@@ -51,13 +51,27 @@ TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.3)
 SEEDS = 5
 SMALL = Settings(sft_steps=130, beta=0.5)
 LARGER = Settings(
-    hidden_size=512, num_layers=8, vocab_size=600, sft_steps=2000, sft_batch_size=256, sft_learning_rate=5e-4,
-    pair_prompts=8000, beta=0.5, learning_rate=1e-5, held_out=500,
-)  # fmt: skip
+    hidden_size=512,
+    num_layers=8,
+    vocab_size=600,
+    sft_steps=2000,
+    sft_batch_size=256,
+    sft_learning_rate=5e-4,
+    pair_prompts=8000,
+    beta=0.5,
+    learning_rate=1e-5,
+    held_out=500,
+)
 QUICK = Settings(
-    hidden_size=64, sft_steps=80, sft_batch_size=48, sft_learning_rate=1e-2, pair_prompts=150, batch_size=16, epochs=1,
+    hidden_size=64,
+    sft_steps=80,
+    sft_batch_size=48,
+    sft_learning_rate=1e-2,
+    pair_prompts=150,
+    batch_size=16,
+    epochs=1,
     held_out=8,
-)  # fmt: skip
+)
 SHOWN = ("greedy accuracy", "sampled accuracy", "pass@8", "distinct right", "entropy")  # in the first table
 
 
@@ -74,9 +88,13 @@ def study(
     """The sweep behind a study, in the folder `work`."""
     options = quickstart.training_options(settings) | ({"use_cpu": True, "bf16": False} if device == "cpu" else {})
     evaluation = EvalOptions(
-        settings.eval_samples, tuple(temperatures), task.MAX_NEW_TOKENS, quickstart.BATCH_SIZE, k=(1, 4, 8),
+        settings.eval_samples,
+        tuple(temperatures),
+        task.MAX_NEW_TOKENS,
+        quickstart.BATCH_SIZE,
+        k=(1, 4, 8),
         self_bleu=False,
-    )  # fmt: skip
+    )
     source = TaskModel(task, settings, per_seed=True, device=device)
     return sweep(work, source, Plan(tuple(alphas), seeds, tuple(words(options)), evaluation))
 

@@ -35,9 +35,17 @@ MOST_INT32 = 2**31 - 1
 
 @triton.jit
 def _weighted_sum(
-    indices_ptr, values_ptr, length, scale, table_ptr, table_stride, offs_h, mask_h, BLOCK_J: tl.constexpr,
+    indices_ptr,
+    values_ptr,
+    length,
+    scale,
+    table_ptr,
+    table_stride,
+    offs_h,
+    mask_h,
+    BLOCK_J: tl.constexpr,
     BLOCK_H: tl.constexpr,
-):  # fmt: skip
+):
     """Σ_j scale · values_j · table[indices_j], columns offs_h; sums per lane, no reduction over threads in the loop."""
     acc = tl.zeros([BLOCK_J, BLOCK_H], tl.float32)
     for start in range(0, length, BLOCK_J):
@@ -61,9 +69,17 @@ def _gather_kernel(
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask_h = offs_h < H
     total = _weighted_sum(
-        columns_ptr + row * B, values_ptr + row * B, tl.load(counts_ptr + row), tl.load(scale_ptr + row), weight_ptr,
-        weight_stride, offs_h, mask_h, BLOCK_J, BLOCK_H,
-    )  # fmt: skip
+        columns_ptr + row * B,
+        values_ptr + row * B,
+        tl.load(counts_ptr + row),
+        tl.load(scale_ptr + row),
+        weight_ptr,
+        weight_stride,
+        offs_h,
+        mask_h,
+        BLOCK_J,
+        BLOCK_H,
+    )
     tl.store(out_ptr + row * H + offs_h, total.to(out_ptr.dtype.element_ty), mask=mask_h)
 
 
@@ -122,9 +138,17 @@ def _gather_transposed_kernel(
     length = tl.load(starts_ptr + v + 1) - start
     if length <= LONG:
         total = _weighted_sum(
-            rows_ptr + start, values_ptr + start, length, 1.0, hidden_ptr, hidden_stride, offs_h, mask_h, BLOCK_J,
+            rows_ptr + start,
+            values_ptr + start,
+            length,
+            1.0,
+            hidden_ptr,
+            hidden_stride,
+            offs_h,
+            mask_h,
+            BLOCK_J,
             BLOCK_H,
-        )  # fmt: skip
+        )
         tl.store(out_ptr + v * H + offs_h, total.to(out_ptr.dtype.element_ty), mask=mask_h)
 
 
@@ -141,9 +165,17 @@ def _gather_transposed_long_kernel(
         start = tl.load(starts_ptr + v)
         length = tl.load(starts_ptr + v + 1) - start
         total = _weighted_sum(
-            rows_ptr + start, values_ptr + start, length, 1.0, hidden_ptr, hidden_stride, offs_h, mask_h, BLOCK_J,
+            rows_ptr + start,
+            values_ptr + start,
+            length,
+            1.0,
+            hidden_ptr,
+            hidden_stride,
+            offs_h,
+            mask_h,
+            BLOCK_J,
             BLOCK_H,
-        )  # fmt: skip
+        )
         tl.store(out_ptr + v * H + offs_h, total.to(out_ptr.dtype.element_ty), mask=mask_h)
 
 
@@ -206,9 +238,17 @@ def gather_transposed(
             longest_first = lengths.argsort(descending=True, stable=True)
             grid = (min(LONG_PROGRAMS, vocab), triton.cdiv(hidden_size, long_tile["BLOCK_H"]))
             _gather_transposed_long_kernel[grid](
-                rows, values, starts, longest_first, (lengths > LONG).sum(), hidden, hidden.stride(0), d_weight,
-                hidden_size, **long_tile,
-            )  # fmt: skip
+                rows,
+                values,
+                starts,
+                longest_first,
+                (lengths > LONG).sum(),
+                hidden,
+                hidden.stride(0),
+                d_weight,
+                hidden_size,
+                **long_tile,
+            )
     if need_bias:
         d_bias = torch.empty(vocab, dtype=dtype, device=hidden.device)
         _bias_kernel[(vocab,)](values, starts, d_bias, BLOCK_B=BLOCK_B)

@@ -273,9 +273,7 @@ def _beside(output: Path, ending: str) -> Path:
 
 
 def _parser() -> Parser:
-    parser = Parser(
-        prog="hdpo-train pairs", description=_DESCRIPTION, formatter_class=WideHelp, allow_abbrev=False
-    )  # fmt: skip
+    parser = Parser(prog="hdpo-train pairs", description=_DESCRIPTION, formatter_class=WideHelp, allow_abbrev=False)
     source = parser.add_mutually_exclusive_group(required=True)
     text = "Model whose answers are sampled: a local folder or a hub id, or a GGUF file there."
     add_option(source, "model_name_or_path", text, metavar="MODEL")

@@ -26,8 +26,12 @@ from hdpo_train.sweep.run import (
 from hdpo_train.training import load_data
 
 SET_BY_THE_SWEEP = {
-    "--seed", "--ref_cache_dir", "--overwrite_output_dir", "--resume_from_checkpoint", "--disable_tqdm",
-}  # fmt: skip
+    "--seed",
+    "--ref_cache_dir",
+    "--overwrite_output_dir",
+    "--resume_from_checkpoint",
+    "--disable_tqdm",
+}
 TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.3)  # of the baseline, beside 1
 _DESCRIPTION = """\
 Trains with several α and seeds from one model, evaluates every run, and reports what α does: accuracy, pass@k,
@@ -79,9 +83,13 @@ def main(argv: list[str]) -> None:
     if options.batch_size is not None:
         batch_size = options.batch_size
     evaluation = EvalOptions(
-        options.num_samples, options.temperatures, max_new_tokens, batch_size,
-        k=options.k or tuple(k for k in DEFAULT_K if k <= options.num_samples), self_bleu=options.self_bleu,
-    )  # fmt: skip
+        options.num_samples,
+        options.temperatures,
+        max_new_tokens,
+        batch_size,
+        k=options.k or tuple(k for k in DEFAULT_K if k <= options.num_samples),
+        self_bleu=options.self_bleu,
+    )
     if 1.0 not in options.alpha:
         print("α = 1 (DPO), which the others are compared with, is added.")
     result = sweep(folder, source, Plan(options.alpha, options.seeds, tuple(training), evaluation))
@@ -95,10 +103,14 @@ def _check_pairs(model: str, pairs: str, training: Sequence[str]) -> None:
     for name, records in zip(("train", "eval"), load_data(script, args), strict=True):
         if records is not None:
             tokenize_pairs(
-                records, tokenizer, max_length=args.max_length, max_prompt_length=args.max_prompt_length,
+                records,
+                tokenizer,
+                max_length=args.max_length,
+                max_prompt_length=args.max_prompt_length,
                 on_bad_record=args.on_bad_record,  # type: ignore[arg-type]
-                num_proc=args.dataset_num_proc, name=name,
-            )  # fmt: skip
+                num_proc=args.dataset_num_proc,
+                name=name,
+            )
 
 
 def _parser() -> Parser:

@@ -17,9 +17,13 @@ from hdpo_train.model.loading import backbone_of, evaluating
 
 @torch.no_grad()
 def own_entropy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[list[int]], max_new_tokens: int,
-    seed: int, batch_size: int = 64,
-) -> tuple[float, int]:  # fmt: skip
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[list[int]],
+    max_new_tokens: int,
+    seed: int,
+    batch_size: int = 64,
+) -> tuple[float, int]:
     """Sum of nats, and tokens, of one answer to each prompt, drawn from the model's own distribution.
 
     An answer is cut where the model's positions end. The random numbers are always those of the seed; torch's own
@@ -83,10 +87,13 @@ def entropies(
     scored = hidden.flatten(0, 1)[torch.tensor(rows, device=hidden.device)]
     labels = torch.tensor([token for tokens in completions for token in tokens], device="cpu")
     result = linear_logp(
-        scored.to(head.weight), head.weight, labels,
-        bias=head.bias, softcap=None if transform.softcap is None else transform.softcap / temperature,
+        scored.to(head.weight),
+        head.weight,
+        labels,
+        bias=head.bias,
+        softcap=None if transform.softcap is None else transform.softcap / temperature,
         logit_scale=transform.logit_scale / temperature,
-    )  # fmt: skip
+    )
     for part in result.entropy.double().cpu().split([len(completion) for completion in completions]):
         yield part.sum().item()
 

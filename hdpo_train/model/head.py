@@ -92,9 +92,16 @@ class _HeadWithLoss(nn.Linear):
         if hidden.dtype != self.weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(self.weight.dtype)  # a norm in fp32 above a bf16 head
         return linear_hdpo_loss(
-            hidden, self.weight, pairs.labels, pairs.cu_seqlens, pairs.ref_logps,
-            bias=self.bias, softcap=self.transform.softcap, logit_scale=self.transform.logit_scale, **pairs.loss_kwargs,
-        )  # fmt: skip
+            hidden,
+            self.weight,
+            pairs.labels,
+            pairs.cu_seqlens,
+            pairs.ref_logps,
+            bias=self.bias,
+            softcap=self.transform.softcap,
+            logit_scale=self.transform.logit_scale,
+            **pairs.loss_kwargs,
+        )
 
 
 def bare(model: nn.Module) -> PreTrainedModel:

@@ -274,9 +274,17 @@ def _check_saved_adapter(policy: Any) -> None:
             continue
         layer = min((m.get_base_layer() for m in layers), key=lambda base: base.weight.numel() or torch.inf)
         alone = dataclasses.replace(
-            config, target_modules=["layer"], exclude_modules=None, target_parameters=None, layers_to_transform=None,
-            layers_pattern=None, rank_pattern={}, alpha_pattern={}, modules_to_save=None, trainable_token_indices=None,
-        )  # fmt: skip
+            config,
+            target_modules=["layer"],
+            exclude_modules=None,
+            target_parameters=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            rank_pattern={},
+            alpha_pattern={},
+            modules_to_save=None,
+            trainable_token_indices=None,
+        )
         changed = []
         for seed in range(2):
             with torch.random.fork_rng(devices=[]):

@@ -220,9 +220,13 @@ def _count_the_head(model: nn.Module, args: HDPOConfig, ledger: Ledger) -> list[
 
     def forward(hidden: Tensor, pairs: PairBatch) -> Any:
         workspace = functools.partial(
-            head_workspace_bytes, cu_seqlens=pairs.cu_seqlens, nll_weight=args.nll_weight, gradient=args.gradient,
-            chunk_bytes=args.chunk_bytes, device=args.device,
-        )  # fmt: skip
+            head_workspace_bytes,
+            cu_seqlens=pairs.cu_seqlens,
+            nll_weight=args.nll_weight,
+            gradient=args.gradient,
+            chunk_bytes=args.chunk_bytes,
+            device=args.device,
+        )
         training, reference = workspace(hidden, head.weight), workspace(hidden.detach(), head.weight.detach())
         kept.extend((training.kept, reference.kept))
         with ledger.of_kind("head"):

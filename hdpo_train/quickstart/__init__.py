@@ -125,9 +125,15 @@ def sft(
     model = new_model(tokenizer, settings.hidden_size, settings.num_layers, task.MAX_LENGTH, settings.seed)
     model.to(device)  # type: ignore[arg-type]
     teach(
-        model, tokenizer, prompts, task.demonstrate, steps=settings.sft_steps, batch_size=settings.sft_batch_size,
-        learning_rate=settings.sft_learning_rate, seed=settings.seed,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        prompts,
+        task.demonstrate,
+        steps=settings.sft_steps,
+        batch_size=settings.sft_batch_size,
+        learning_rate=settings.sft_learning_rate,
+        seed=settings.seed,
+    )
     return model, tokenizer
 
 
@@ -201,9 +207,13 @@ def measure(
     name: str = "the model",
 ) -> Evaluation:
     options = EvalOptions(
-        settings.eval_samples, max_new_tokens=task.MAX_NEW_TOKENS, batch_size=BATCH_SIZE, seed=settings.seed, k=(K,),
+        settings.eval_samples,
+        max_new_tokens=task.MAX_NEW_TOKENS,
+        batch_size=BATCH_SIZE,
+        seed=settings.seed,
+        k=(K,),
         self_bleu=False,
-    )  # fmt: skip
+    )
     problems = [Problem(prompt, {}) for prompt in held_out]
     return evaluate(model, tokenizer, problems, _is_right, options, name=name)
 

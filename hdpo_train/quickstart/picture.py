@@ -28,9 +28,10 @@ def draw(runs: Mapping[str, Path], results: Mapping[str, Evaluation], path: Path
             entropy.value, accuracy.value, xerr=errors[0], yerr=errors[1], fmt="o", color=colors[name], label=name
         )
     ends.set(
-        title="On held-out prompts (95 % intervals)", xlabel="entropy of the model's own answers, nats per token",
+        title="On held-out prompts (95 % intervals)",
+        xlabel="entropy of the model's own answers, nats per token",
         ylabel="sampled accuracy",
-    )  # fmt: skip
+    )
     for axis in (curves, ends):
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)

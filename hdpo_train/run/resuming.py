@@ -41,8 +41,16 @@ from hdpo_train.run.sigterm import StopAtSigterm
 from hdpo_train.run.whole import checkpoint_problem, weight_files
 
 logger = logging.get_logger(__name__)
-_UNREADABLE = (RuntimeError, ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, pickle.UnpicklingError,
-               SafetensorError)  # fmt: skip
+_UNREADABLE = (
+    RuntimeError,
+    ValueError,
+    KeyError,
+    EOFError,
+    OSError,
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
 _HYPERPARAMETERS = ("weight_decay", "betas", "eps", "momentum")  # of a parameter group, set by options
 
 

@@ -272,10 +272,15 @@ class _Job:
         partial = _partial(self.folder)
         started_before = partial.exists()
         options = {
-            "model_name_or_path": base.model, "dataset_name": base.pairs, "alpha": alpha, "seed": self.seed,
-            "output_dir": partial, "ref_cache_dir": self.sweep / "reference", "disable_tqdm": True,
+            "model_name_or_path": base.model,
+            "dataset_name": base.pairs,
+            "alpha": alpha,
+            "seed": self.seed,
+            "output_dir": partial,
+            "ref_cache_dir": self.sweep / "reference",
+            "disable_tqdm": True,
             "overwrite_output_dir": True,
-        }  # fmt: skip
+        }
         try:
             trainer = make_trainer(*parse_options([*self.plan.training, *words(options)]))
             trainer.remove_callback(PrinterCallback)  # metrics.jsonl has every log line
@@ -293,10 +298,14 @@ class _Job:
         model.to(args.device)
         self.folder.mkdir(parents=True, exist_ok=True)
         evaluation = evaluate(
-            model, load_tokenizer(name, **remote_code), base.problems, self.source.checker,
+            model,
+            load_tokenizer(name, **remote_code),
+            base.problems,
+            self.source.checker,
             replace(plan.evaluation, temperatures=self.temperatures, seed=self.seed),
-            name=self.name, samples_file=self.folder / SAMPLES_FILE,
-        )  # fmt: skip
+            name=self.name,
+            samples_file=self.folder / SAMPLES_FILE,
+        )
         if line := evaluation.faults():
             print(f"{self.name}: {line}")
         partial = _partial(self.folder / EVALUATION_FILE)
@@ -336,9 +345,10 @@ def _read_sweep(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {
-            "alphas": [float(alpha) for alpha in found["alphas"]], "seeds": int(found["seeds"]),
+            "alphas": [float(alpha) for alpha in found["alphas"]],
+            "seeds": int(found["seeds"]),
             "settings": dict(found["settings"]),
-        }  # fmt: skip
+        }
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged ({error}), and nothing else says what its runs have in common: choose another "
