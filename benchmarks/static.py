@@ -23,7 +23,6 @@ from triton.compiler import ASTSource
 from benchmarks import calls
 from benchmarks.table import RESULTS
 from hdpo_kernels import fused
-from hdpo_kernels.pair import LOSS_TYPES
 from hdpo_kernels.pairs import triton as pairs
 from hdpo_kernels.rows import triton as rows
 from hdpo_kernels.sampled import triton as sampled
@@ -89,9 +88,9 @@ def launches(target: GPUTarget) -> Iterator[Launch]:
         yield Launch(fused._merge_stats_kernel, f"{splits} splits", fused.merge_tile(splits))
     for kernel in (rows._sequence_sum_kernel, rows._sequence_spread_kernel):
         yield Launch(kernel, "fp32", {"BLOCK_N": rows.BLOCK_N})
-    for name, by_token in (*((name, False) for name in LOSS_TYPES), ("sigmoid", True)):
+    for name, by_token in (*((name, False) for name in pairs.LOSSES), ("sigmoid", True)):
         flags = {"BY_TOKEN": by_token, "HAS_REF": True, "HAS_GRAD": True}
-        keywords = {"LOSS": LOSS_TYPES.index(name), **flags, "BLOCK_N": pairs.BLOCK_N}
+        keywords = {"LOSS": pairs.LOSSES.index(name), **flags, "BLOCK_N": pairs.BLOCK_N}
         yield Launch(pairs._pair_kernel, f"{name}, by token" if by_token else name, keywords)
     for kernel in (sampled._count_kernel, sampled._place_kernel):
         yield Launch(kernel, "int32", {"BLOCK_B": sampled.BLOCK_B, "num_warps": sampled.NUM_WARPS})

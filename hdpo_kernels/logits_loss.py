@@ -30,10 +30,14 @@ def hdpo_loss(
     *,
     alpha: float = 1.0,
     beta: float = 0.1,
-    loss_type: str = "sigmoid",
+    loss_type: str | Sequence[str] = "sigmoid",
     label_smoothing: float = 0.0,
     nll_weight: float = 0.0,
     alpha_level: str = "sequence",
+    loss_weights: Sequence[float] | None = None,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
+    discopop_tau: float = 0.05,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     inplace: bool = False,
@@ -46,7 +50,10 @@ def hdpo_loss(
     Raises ValueError / TypeError for shapes, dtypes, devices, boundaries, labels or options that do not fit.
     """
     HeadOptions(softcap, logit_scale)  # checks them
-    pair_options = PairOptions(alpha, beta, loss_type, label_smoothing, nll_weight, alpha_level)
+    pair_options = PairOptions(
+        alpha, beta, loss_type, label_smoothing, nll_weight, alpha_level,
+        loss_weights, f_divergence_type, f_alpha_divergence_coef, discopop_tau,
+    )  # fmt: skip
     if logits.dim() != 2 or not logits.is_floating_point():
         raise ValueError(f"logits must be floating of shape (N, V), got {logits.dtype} {tuple(logits.shape)}")
     base = logits if logits._base is None else logits._base

@@ -22,10 +22,11 @@ from hdpo_kernels.device import on_device
 from hdpo_kernels.lm_head import HeadOptions, LMHead, ScoredRows, WeightGrad, full_precision
 from hdpo_kernels.logp import compute_dtype, linear_logp, needs_grad
 from hdpo_kernels.naive import HDPOLoss
+from hdpo_kernels.objectives import ALL, NONE, TWO
 from hdpo_kernels.ops import operator
-from hdpo_kernels.pair import PairOptions
+from hdpo_kernels.pair import LossFunction, PairOptions
 from hdpo_kernels.pairs import Pairs, ScoredStats, new_pairs, pair_operation
-from hdpo_kernels.pairs.loss import CONSUMED, fake_results, results, token_hdpo_loss, unpack
+from hdpo_kernels.pairs.loss import CONSUMED, fake_results, own_loss, results, token_hdpo_loss, unpack
 from hdpo_kernels.pairs.torch import scored_lengths
 from hdpo_kernels.parallel import Ranks, VocabShard
 from hdpo_kernels.rows import backend
@@ -43,10 +44,14 @@ def linear_hdpo_loss(
     *,
     alpha: float = 1.0,
     beta: float = 0.1,
-    loss_type: str = "sigmoid",
+    loss_type: str | Sequence[str] | LossFunction = "sigmoid",
     label_smoothing: float = 0.0,
     nll_weight: float = 0.0,
     alpha_level: str = "sequence",
+    loss_weights: Sequence[float] | None = None,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
+    discopop_tau: float = 0.05,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -68,7 +73,11 @@ def linear_hdpo_loss(
     ref_logps (S,) log-probabilities of the reference policy, nats, or None (zeros).
     alpha < 1 sharpens, 1 is DPO, > 1 diversifies. alpha_level="token": it acts on log-probabilities per token, z_p has
     α_s = 1 + (α − 1) n̄_p / n_s in α's place (n_s scored tokens of the sequence, n̄_p the mean of the pair's two).
-    beta, loss_type, label_smoothing, nll_weight: see `pair_loss`.
+    beta, loss_type, label_smoothing, nll_weight, loss_weights, f_divergence_type, f_alpha_divergence_coef,
+    discopop_tau: see `pair_loss`. A loss of all pairs together ("aot", "aot_unpaired"), whose gradient is known when
+    the last pair is, computes logits twice: 4 GEMMs. So does a function of your own as loss_type: it is called with
+    α-weighted log-probabilities (S,), reference log-probabilities (S,) and lengths (S,), and returns the loss of each
+    pair (P,), or a mean (), differentiable in the first.
     gradient: "exact", 3 GEMMs; or "sampled", 1 GEMM: rows of ∂loss/∂logits are rounded, without bias, to at most
     1/epsilon + 2 entries, see `linear_logp`. epsilon in (0, 0.5]: smaller is less noise, more entries.
     bias (V,). chunk_bytes: most bytes of logits and their gradient held at a time (on a CPU kept for the thread's next
@@ -87,15 +96,23 @@ def linear_hdpo_loss(
     Raises ValueError / TypeError for shapes, dtypes, devices, boundaries, labels or options that do not fit.
     """
     head_options = HeadOptions(softcap, logit_scale, chunk_bytes)
-    pair_options = PairOptions(alpha, beta, loss_type, label_smoothing, nll_weight, alpha_level)
+    pair_options = PairOptions(
+        alpha, beta, "sigmoid" if callable(loss_type) else loss_type, label_smoothing, nll_weight, alpha_level,
+        loss_weights, f_divergence_type, f_alpha_divergence_coef, discopop_tau,
+    )  # fmt: skip
     check_head(hidden, weight, labels, bias)
     check_gradient(gradient, epsilon, weight.shape[0])
     cu_seqlens = as_boundaries(cu_seqlens, pairs=True)
     check_ref_logps(ref_logps, cu_seqlens.shape[0] - 1, hidden.device)
     tp_name, sp_name = (None if group is None else group.group_name for group in (tp_group, sp_group))
-    if gradient == "sampled":
+    if gradient == "sampled" or callable(loss_type) or pair_options.kind == ALL:
         if tp_name is not None:
-            raise ValueError("gradient='sampled' draws along the whole vocabulary; with tp_group use gradient='exact'")
+            what = (
+                "gradient='sampled' draws along the whole vocabulary"
+                if gradient == "sampled"
+                else ("a loss of all pairs together computes logits twice")
+            )
+            raise ValueError(f"{what}; with tp_group use gradient='exact' and another loss_type")
         token = linear_logp(
             hidden,
             weight,
@@ -107,6 +124,10 @@ def linear_hdpo_loss(
             epsilon=epsilon,
             chunk_bytes=chunk_bytes,
         )
+        if callable(loss_type):
+            if sp_name is not None:
+                raise ValueError("with sp_group a loss_type that is a function of your own is not supported")
+            return own_loss(token, labels, cu_seqlens, ref_logps, pair_options, loss_type)
         return token_hdpo_loss(token, labels, cu_seqlens, ref_logps, pair_options, sp_name)
     inputs = (hidden, weight, bias, labels, ref_logps, cu_seqlens)
     options = (*head_options.arguments, pair_options.numbers, tp_name, sp_name)
@@ -174,18 +195,21 @@ def _one_pass(
     pairs = None
     d_hidden = torch.empty_like(head.hidden, memory_format=torch.contiguous_format) if needs[0] else None
     d_weight = WeightGrad(head, *needs[1:])
-    spare = None  # a second buffer for d_weight, made when a long pair needs one
+    spares: list[WeightGrad] = []  # more buffers for d_weight, made when a long pair needs them
+    apart = options.kind == TWO  # chosen and rejected have derivatives of their own
 
     most_rows = sp.highest([end - start for start, end in itertools.pairwise(bounds[::2])], head.hidden.device)
     chunks = plan_chunks(bounds, head.piece_rows, most_rows)
     in_parts = d_weight.wanted and any(len(chunk.pieces) > 1 for chunk in chunks)
-    if in_parts or sp.group is not None:
+    likelihood = any(loss.of == NONE for loss, _ in options.losses)  # a mean over the tokens of all chosen sequences
+    if in_parts or sp.group is not None or likelihood:
         rows = rows._replace(lengths=sp.sum(scored_lengths(rows, slice(0, 2 * num_pairs))))
-    a = k = gathering = head.stats[0]  # those of sequences, where a pair is cut
+    a = gathering = head.stats[0]  # those of sequences, where a pair is cut
+    k: Tensor | None = None
     if in_parts and rows.lengths is not None:
         a, k = pair.sequence_coefficients(num_pairs, rows.lengths, options)
         gathering = a
-        if options.nll_weight and options.alpha_level == "token":
+        if (k is not None or apart) and options.alpha_level == "token":
             # the chosen's gathered sum is divided by its coefficient, which must not be zero then
             by_sequence, _ = pair.sequence_coefficients(
                 num_pairs, rows.lengths, replace(options, alpha_level="sequence")
@@ -195,32 +219,39 @@ def _one_pass(
     unit = options.gradient_unit(bounds) if head.hidden.dtype == torch.float16 else 1.0
 
     for first, last, pieces in chunks:
-        gathered = None  # of a pair in several pieces: Σ a_s g_tᵀ h_t, while f'(u) is not known yet
+        gathered: list[WeightGrad] = []  # of a pair in several pieces: Σ a_s g_tᵀ h_t, while its loss is not known yet
         if d_weight.wanted and len(pieces) > 1:
-            if d_weight.empty and not options.nll_weight:
-                gathered = d_weight  # nothing else is in it yet: the first long pair needs no second buffer
-            else:
-                gathered = spare = spare or WeightGrad(head, *needs[1:])
-                gathered.empty = True
+            if d_weight.empty and (apart or k is None):
+                gathered.append(d_weight)  # nothing else is in it yet: the first long pair needs a buffer less
+            while len(gathered) < 1 + apart:
+                number = len(gathered) - (d_weight in gathered)
+                if number == len(spares):
+                    spares.append(WeightGrad(head, *needs[1:]))
+                spares[number].empty = True
+                gathered.append(spares[number])
 
         for start, end, sequence in pieces:
             grad = head.score(start, end)
             if d_hidden is not None:
                 torch.mm(grad, head.weight, out=d_hidden[start:end])
-            if gathered is not None:
-                gathered.add(head, grad, start, end, gathering[sequence].expand(end - start), unit)
-                if options.nll_weight and (sequence, end) == (2 * first, bounds[2 * first + 1]):
-                    # the chosen sequence is complete, and the nll term's share of it known
-                    d_weight.fold(gathered, k[sequence] / gathering[sequence])
+            if gathered:
+                into = gathered[(sequence - 2 * first) if apart else 0]
+                into.add(head, grad, start, end, gathering[sequence].expand(end - start), unit)
+                if k is not None and not apart and (sequence, end) == (2 * first, bounds[2 * first + 1]):
+                    # the chosen sequence is complete, and the likelihood's share of it known
+                    d_weight.fold(into, k[sequence] / gathering[sequence])
                     if gathering is not a:
-                        gathered.scale(a[sequence] / gathering[sequence])
+                        into.scale(a[sequence] / gathering[sequence])
 
         pairs = score_pairs(pairs, first, last, rows, options, sp, any(needs))
-        if gathered is d_weight:
-            d_weight.scale(pairs.slope[first])
-        elif gathered is not None:
-            d_weight.fold(gathered, pairs.slope[first])
-        elif d_weight.wanted and pieces:
+        for sequence, each in enumerate(gathered, 2 * first):
+            factor = pairs.slope[first]
+            if apart:
+                if bounds[sequence] == bounds[sequence + 1]:  # it has no row, here
+                    continue
+                factor = pairs.row_scale[bounds[sequence]] / gathering[sequence]
+            d_weight.scale(factor) if each is d_weight else d_weight.fold(each, factor)
+        if not gathered and d_weight.wanted and pieces:
             start, end = bounds[2 * first], bounds[2 * last]
             d_weight.add(head, grad, start, end, pairs.row_scale[start:end], unit)
     pairs = new_pairs(rows, any(needs)) if pairs is None else pairs

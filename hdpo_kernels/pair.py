@@ -1,8 +1,8 @@
-"""The loss of a pair: the only copy of the loss maths beside the oracle's.
+"""The loss of a pair from log-probs: options, the value with what the heavy part needs of it, and what is logged.
 
-P pairs, S = 2P sequences, interleaved chosen, rejected. Every loss here is a function f of one number per pair,
+P pairs, S = 2P sequences, interleaved chosen, rejected. Most losses are a function f of one number per pair,
 
-    u_p = Σ_{s in pair p} w_s (α_s ℓ_s − ρ_s)   w = ±β (sigmoid, hinge), ±1/n_s (ipo), plus for the chosen
+    u_p = Σ_{s in pair p} w_s (α_s ℓ_s − ρ_s)   w = ±β, or ±1/n_s (ipo), ±β/n_s (sigmoid_norm), plus for the chosen
     L   = mean_p f(u_p) − nll_weight · mean_p ℓ_w / n_w
 
 so the gradient that the heavy part needs is one number per sequence,
@@ -10,12 +10,14 @@ so the gradient that the heavy part needs is one number per sequence,
     c_s = ∂L/∂ℓ_s = a_s · f'(u_p) + k_s          a_s = α_s w_s / P,   k_s = −nll_weight / (n_s P) for chosen, else 0
 
 with α_s = α, or by token α_s = 1 + (α − 1) n̄_p / n_s, n̄_p the mean length of the pair's two sequences. a_s and k_s
-depend on lengths alone and are known before any logits are.
+depend on lengths alone and are known before any logits are. Other losses (`objectives.py`) have a derivative of their
+own for each sequence, c_s = α_s ∂F/∂v_s / P + k_s, which is known when their pair is, or when all pairs are.
 """
 
+import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,55 +27,137 @@ from torch import Tensor
 
 from hdpo_kernels.checks import check_ref_logps
 from hdpo_kernels.naive import HDPOLoss
+from hdpo_kernels.objectives import ALL, NONE, OBJECTIVES, ONE, TWO, Objective
 
-LOSS_TYPES = ("sigmoid", "hinge", "ipo")
+LOSS_TYPES = tuple(OBJECTIVES)
 ALPHA_LEVELS = ("sequence", "token")
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class PairOptions:
+    """Options of the loss; see `pair_loss`. Raises ValueError for values out of range, or that do not go together."""
+
     alpha: float
     beta: float
-    loss_type: str = "sigmoid"
+    loss_type: str | Sequence[str] = "sigmoid"
     label_smoothing: float = 0.0
     nll_weight: float = 0.0
     alpha_level: str = "sequence"
+    loss_weights: Sequence[float] | None = None
+    f_divergence_type: str = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    discopop_tau: float = 0.05
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta"):
+        if not isinstance(self.loss_type, str):  # in one form, which can be compared and remembered
+            names = tuple(self.loss_type)
+            object.__setattr__(self, "loss_type", names[0] if len(names) == 1 else names)
+        for name in ("alpha", "beta", "discopop_tau"):
             value = getattr(self, name)
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a positive number, got {value}")
-        if self.loss_type not in LOSS_TYPES:
-            raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}; got {self.loss_type!r}")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(
                 f"label_smoothing is the probability that a label is flipped, in [0, 0.5); got {self.label_smoothing}"
             )
         if not 0 <= self.nll_weight < math.inf:
             raise ValueError(f"nll_weight must be zero or positive, got {self.nll_weight}")
+        self._check_losses()
         if self.alpha_level not in ALPHA_LEVELS:
             raise ValueError(f"alpha_level must be one of {', '.join(ALPHA_LEVELS)}; got {self.alpha_level!r}")
-        if self.alpha_level == "token" and self.loss_type == "ipo":
+        if self.alpha_level == "token" and (by_token := [name for name in self.names if OBJECTIVES[name].per_token]):
             raise ValueError(
-                "loss_type='ipo' averages log-probabilities over tokens, so alpha weighs them by token already: "
-                "leave out alpha_level='token'"
+                f"loss_type='{by_token[0]}' averages log-probabilities over tokens, so alpha weighs them by token "
+                "already: leave out alpha_level='token'"
             )
+        if self.f_divergence_type not in DIVERGENCES:
+            raise ValueError(
+                f"f_divergence_type must be one of {', '.join(DIVERGENCES)}; got {self.f_divergence_type!r}"
+            )
+        others = [name for name in self.names if OBJECTIVES[name].of not in (ONE, NONE)]
+        if self.f_divergence_type != "reverse_kl" and others:
+            raise ValueError(
+                f"f_divergence_type={self.f_divergence_type!r} is defined for losses of a margin, and {others[0]} is "
+                "none: leave it out"
+            )
+
+    def _check_losses(self) -> None:
+        names = self.names
+        weights = [1.0] * len(names) if self.loss_weights is None else list(self.loss_weights)
+        if not names:
+            raise ValueError("loss_type is empty: name at least one loss")
+        for name in names:
+            if name not in OBJECTIVES:
+                raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}; got {name!r}")
+        if len(weights) != len(names):
+            raise ValueError(
+                f"loss_weights needs a weight for each loss: {len(names)} ({', '.join(names)}), got {weights}"
+            )
+        if bad := [weight for weight in weights if not 0 < weight < math.inf]:
+            raise ValueError(f"loss_weights must be positive numbers, got {bad[0]}")
+        object.__setattr__(self, "loss_weights", None if set(weights) == {1.0} else tuple(map(float, weights)))
+        smoothing = {OBJECTIVES[name].smoothing for name in names}
+        if self.label_smoothing and smoothing == {"no"}:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} has no effect on {', '.join(names)}: leave it out"
+            )
+        if not self.label_smoothing and "needed" in smoothing:
+            raise ValueError("loss_type='exo_pair' needs label_smoothing > 0, whose logarithm it takes; 0.001 is usual")
+
+    @property
+    def losses(self) -> list[tuple[Objective, float]]:
+        """Each loss with its weight."""
+        return losses_of(self.loss_type, self.loss_weights)  # type: ignore[arg-type]
+
+    @property
+    def kind(self) -> str:
+        """What the sum of the losses is a function of: ONE number a pair, TWO, or ALL pairs."""
+        return kind_of(self.loss_type, self.loss_weights, self.f_divergence_type)  # type: ignore[arg-type]
+
+    @property
+    def adds_likelihood(self) -> bool:
+        """Whether chosen sequences have a share of the gradient whatever their margin (k_s)."""
+        return self.nll_weight > 0 or any(loss.of == NONE for loss, _ in self.losses)
+
+    @property
+    def per_token(self) -> bool:
+        """Whether a loss compares log-probs per token."""
+        return any(loss.per_token for loss, _ in self.losses)
+
+    @property
+    def way(self) -> str:
+        """How the head computes it, in words."""
+        return {
+            ONE: "one pass, 3 GEMMs",
+            TWO: "one pass, 3 GEMMs; a pair longer than a chunk takes one more buffer of d_weight's size",
+            ALL: "log-probs of all pairs first, logits once more in backward: 4 GEMMs",
+        }[self.kind]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.loss_type,) if isinstance(self.loss_type, str) else tuple(self.loss_type)
 
     @property
     def numbers(self) -> list[float]:
         """As operators take them, which know neither dataclasses nor names of a few values; see `from_numbers`."""
-        names = LOSS_TYPES.index(self.loss_type), ALPHA_LEVELS.index(self.alpha_level)
-        return [self.alpha, self.beta, self.label_smoothing, self.nll_weight, *names]
+        names = ALPHA_LEVELS.index(self.alpha_level), DIVERGENCES.index(self.f_divergence_type)
+        tuned = [self.f_alpha_divergence_coef, self.discopop_tau]
+        weights = [weight for _, weight in self.losses]
+        losses = [float(n) for pair in zip(map(LOSS_TYPES.index, self.names), weights, strict=True) for n in pair]
+        return [self.alpha, self.beta, self.label_smoothing, self.nll_weight, *names, *tuned, *losses]
 
     @classmethod
     def from_numbers(cls, numbers: list[float]) -> "PairOptions":
-        alpha, beta, smoothing, nll_weight, loss_type, level = numbers
-        return cls(alpha, beta, LOSS_TYPES[int(loss_type)], smoothing, nll_weight, ALPHA_LEVELS[int(level)])
+        alpha, beta, smoothing, nll_weight, level, divergence, coef, tau, *losses = numbers
+        names = tuple(LOSS_TYPES[int(index)] for index in losses[0::2])
+        level, divergence = ALPHA_LEVELS[int(level)], DIVERGENCES[int(divergence)]  # type: ignore[assignment]
+        return cls(alpha, beta, names, smoothing, nll_weight, level, tuple(losses[1::2]), divergence, coef, tau)  # type: ignore[arg-type]
 
     @property
     def needs_lengths(self) -> bool:
-        return self.loss_type == "ipo" or self.nll_weight > 0 or self.alpha_level == "token"
+        return self.per_token or self.adds_likelihood or self.alpha_level == "token"
 
     def gradient_unit(self, bounds: Sequence[int]) -> float:
         """A power of two that brings the coefficients a_s to about one: what is multiplied by it survives fp16.
@@ -85,8 +169,28 @@ class PairOptions:
             # α_s of a short sequence beside a long one may be many times α: fp16 ends at 65504
             lengths = torch.tensor([float(end - start) for start, end in itertools.pairwise(bounds)], device="cpu")
             size = max(size, float(torch.as_tensor(_alphas(lengths, self)).abs().max()) / 64)
-        size *= (1.0 if self.loss_type == "ipo" else self.beta) / max(len(bounds) // 2, 1)
+        size *= (self.beta if any(loss.beta for loss, _ in self.losses) else 1.0) / max(len(bounds) // 2, 1)
         return 2.0 ** -round(math.log2(size))
+
+
+@functools.lru_cache
+def losses_of(names: str | tuple[str, ...], weights: tuple[float, ...] | None) -> list[tuple[Objective, float]]:
+    """Each loss with its weight (None: 1 each)."""
+    found = [OBJECTIVES[name] for name in ((names,) if isinstance(names, str) else names)]
+    return list(zip(found, weights or [1.0] * len(found), strict=True))
+
+
+@functools.lru_cache
+def kind_of(
+    names: str | tuple[str, ...], weights: tuple[float, ...] | None = None, divergence: str = "reverse_kl"
+) -> str:
+    """What the sum of the losses is a function of: ONE number a pair, TWO, or ALL pairs."""
+    losses = [loss for loss, _ in losses_of(names, weights)]
+    of = {loss.of for loss in losses}
+    if ALL in of:
+        return ALL
+    scales = {(loss.per_token, loss.beta) for loss in losses if loss.of == ONE}
+    return TWO if TWO in of or len(scales) > 1 or divergence != "reverse_kl" else ONE
 
 
 def pair_loss(
@@ -95,20 +199,28 @@ def pair_loss(
     *,
     alpha: float,
     beta: float,
-    loss_type: str = "sigmoid",
+    loss_type: str | Sequence[str] = "sigmoid",
     label_smoothing: float = 0.0,
     nll_weight: float = 0.0,
     lengths: Tensor | None = None,
     alpha_level: str = "sequence",
+    loss_weights: Sequence[float] | None = None,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
+    discopop_tau: float = 0.05,
 ) -> HDPOLoss:
     """H-DPO (arXiv 2411.07595, eq. 9) and its relatives from sequence log-probabilities; differentiable in `logps`.
 
     logps (S,), ref_logps (S,) or None (zeros): sums over tokens, nats, sequences interleaved chosen, rejected.
     alpha: weight of the policy's log-probabilities; < 1 sharpens, 1 is DPO, > 1 diversifies. beta: strength of the
-    pull to the reference. loss_type: "sigmoid", "hinge" (SLiC, arXiv 2305.10425) or "ipo" (arXiv 2310.12036, eq. 17,
-    log-probabilities averaged over tokens). label_smoothing: probability of a flipped label (conservative DPO).
-    nll_weight: adds that times the chosen sequences' mean negative log-likelihood per token (arXiv 2404.19733).
-    lengths (S,): scored tokens of each sequence; required by "ipo", nll_weight and alpha_level="token".
+    pull to the reference. loss_type: one of LOSS_TYPES (`objectives.py` has each equation with its source), or several,
+    whose sum, weighted by loss_weights (default: 1 each), is the loss. label_smoothing: probability of a flipped label,
+    for losses that have it. nll_weight: adds that times the chosen sequences' mean negative log-likelihood per token
+    (arXiv 2404.19733). f_divergence_type (arXiv 2309.16240): margins of h(v) in place of v = αℓ − ρ, with h(v) =
+    1 − exp(−v) for "forward_kl", log 2 + log σ(v) for "js_divergence", (exp((c − 1) v) − 1)/(c − 1) with c =
+    f_alpha_divergence_coef for "alpha_divergence". discopop_tau: temperature of "discopop".
+    lengths (S,): scored tokens of each sequence; required by "ipo", "sigmoid_norm", "sft", nll_weight and
+    alpha_level="token".
     alpha_level: "sequence", the paper's; or "token", where α acts on log-probabilities per token, so that lengths that
     differ make no margin: with n_s tokens (an empty sequence counts as one) and n̄ the mean of the pair's two,
 
@@ -120,7 +232,10 @@ def pair_loss(
     Returns HDPOLoss with entropy None. Only `loss` carries a gradient.
     Raises ValueError for options out of range, an odd number of sequences, or lengths missing where needed.
     """
-    options = PairOptions(alpha, beta, loss_type, label_smoothing, nll_weight, alpha_level)
+    options = PairOptions(
+        alpha, beta, loss_type, label_smoothing, nll_weight, alpha_level,
+        loss_weights, f_divergence_type, f_alpha_divergence_coef, discopop_tau,
+    )  # fmt: skip
     if logps.dim() != 1 or logps.shape[0] % 2:
         raise ValueError(f"logps must have shape (S,), S even (chosen and rejected in turn), got {tuple(logps.shape)}")
     check_ref_logps(ref_logps, logps.shape[0], logps.device)
@@ -132,7 +247,8 @@ def pair_loss(
         lengths = lengths.to(logps.dtype)
     if options.needs_lengths and lengths is None:
         raise ValueError(
-            "loss_type='ipo', nll_weight and alpha_level='token' need lengths, the scored tokens of each sequence"
+            "losses per token (ipo, sigmoid_norm, sft), nll_weight and alpha_level='token' need lengths, the scored "
+            "tokens of each sequence"
         )
     return evaluate(logps, ref_logps, lengths, options)
 
@@ -140,11 +256,12 @@ def pair_loss(
 class Scored(NamedTuple):
     """What the loss makes of pairs."""
 
-    terms: Tensor  # (P,) whose sum is the loss: f(u_p) / P, and the nll term
-    slope: Tensor  # (P,) f'(u_p)
+    terms: Tensor  # (P,) whose sum is the loss: f(u_p) / P, and the shares of the likelihood
+    slope: Tensor  # (P,) f'(u_p) of a loss of one number; else zero
     rewards: Tensor  # (S,) β(α_s ℓ − ρ)
     margins: Tensor  # (P,) chosen − rejected
     alphas: Tensor | float  # α_s, (S,) or one for all
+    by_sequence: Tensor | None  # (S,) ∂F/∂v of a loss that is none of one number
 
 
 def evaluate(logps: Tensor, ref_logps: Tensor | None, lengths: Tensor | None, options: PairOptions) -> HDPOLoss:
@@ -155,42 +272,130 @@ def evaluate(logps: Tensor, ref_logps: Tensor | None, lengths: Tensor | None, op
 
 
 def score(
-    logps: Tensor, ref_logps: Tensor | None, lengths: Tensor | None, options: PairOptions, num_pairs: int
+    logps: Tensor,
+    ref_logps: Tensor | None,
+    lengths: Tensor | None,
+    options: PairOptions,
+    num_pairs: int,
+    chosen_tokens: Tensor | None = None,
 ) -> Scored:
-    """The pairs that logps (S,) are of, some or all of the `num_pairs` that the loss is a mean over."""
+    """The pairs that logps (S,) are of, some or all of the `num_pairs` that the loss is a mean over.
+
+    chosen_tokens: () tokens of all chosen sequences; default: those of these.
+    """
     num_pairs = max(num_pairs, 1)
     alphas = options.alpha if lengths is None else _alphas(lengths, options)
-    scores = alphas * logps
+    policy = scores = alphas * logps
     if ref_logps is not None:
-        scores = scores - ref_logps
+        scores = policy - ref_logps
     rewards = options.beta * scores
-    u = margins = _difference(rewards)
-    if options.loss_type == "ipo":
-        assert lengths is not None
-        u = _difference(scores / lengths.clamp(min=1))
-    value, slope = _objective(u, options)
+    margins = _difference(rewards)
+    by_sequence = None
+    if options.kind == ONE:
+        value, slope = _of_one_number(scores, margins, lengths, options)
+    else:
+        value, by_sequence = _of_sequences(policy, ref_logps, scores, rewards, lengths, options)
+        slope = torch.zeros_like(value)
     terms = value / num_pairs
-    if options.nll_weight:
+    if options.adds_likelihood:
         assert lengths is not None
-        terms = terms - options.nll_weight / num_pairs * (logps / lengths.clamp(min=1))[0::2]
-    return Scored(terms, slope, rewards, margins, alphas)
+        terms = terms + (_likelihood(lengths, options, num_pairs, chosen_tokens) * logps)[0::2]
+    return Scored(terms, slope, rewards, margins, alphas, by_sequence)
+
+
+def _of_one_number(
+    scores: Tensor, margins: Tensor, lengths: Tensor | None, options: PairOptions
+) -> tuple[Tensor, Tensor]:
+    """f(u) and f'(u), (P,) each."""
+    found = [(loss, weight) for loss, weight in options.losses if loss.of == ONE]
+    if not found:
+        return torch.zeros_like(margins), torch.zeros_like(margins)
+    u = margins
+    if found[0][0].per_token:
+        assert lengths is not None
+        u = _difference(scores / lengths.clamp(min=1)) * (options.beta if found[0][0].beta else 1.0)
+    parts = [(loss.f(u, options), weight) for loss, weight in found]  # type: ignore[misc]
+    if len(parts) == 1 and parts[0][1] == 1:
+        return parts[0][0]
+    values, slopes = zip(*([weight * each for each in part] for part, weight in parts), strict=True)
+    return sum(values[1:], values[0]), sum(slopes[1:], slopes[0])
+
+
+def _of_sequences(
+    policy: Tensor,
+    ref_logps: Tensor | None,
+    scores: Tensor,
+    rewards: Tensor,
+    lengths: Tensor | None,
+    options: PairOptions,
+) -> tuple[Tensor, Tensor]:
+    """The loss of each pair (P,), and its derivative in the score v of each sequence (S,)."""
+    transformed, derivative = _divergence(scores, options)
+    total, by_sequence = torch.zeros_like(scores[0::2]), torch.zeros_like(scores)
+    for loss, weight in options.losses:
+        if loss.f is None:
+            continue
+        if loss.of == ONE:
+            per = torch.full_like(scores, options.beta if loss.beta else 1.0)
+            if loss.per_token:
+                assert lengths is not None
+                per = per / lengths.clamp(min=1)
+            per[1::2].neg_()
+            value, slope = loss.f((per * transformed).view(-1, 2).sum(1), options)
+            parts = per * slope.repeat_interleave(2) * derivative
+        elif loss.of == TWO:
+            value, *slopes = loss.f(rewards[0::2], rewards[1::2], options)
+            parts = options.beta * torch.stack(slopes, 1).flatten()
+        else:
+            value, parts = loss.f(policy, ref_logps, options)
+        total, by_sequence = total + weight * value, by_sequence + weight * parts
+    return total, by_sequence
+
+
+def _divergence(v: Tensor, options: PairOptions) -> tuple[Tensor, Tensor]:
+    """h(v) and h'(v), (S,) each; see `pair_loss`."""
+    if options.f_divergence_type == "forward_kl":
+        e = torch.exp(-v)
+        return 1 - e, e
+    if options.f_divergence_type == "js_divergence":
+        return math.log(2) + F.logsigmoid(v), torch.sigmoid(-v)
+    power = options.f_alpha_divergence_coef - 1
+    if options.f_divergence_type == "alpha_divergence" and abs(power) >= 1e-6:
+        clamped = torch.clamp(power * v, max=80.0)  # exp of more is no fp32 number
+        e = torch.exp(clamped)
+        return (e - 1) / power, e * (power * v <= 80.0)
+    return v, torch.ones_like(v)
+
+
+def _likelihood(lengths: Tensor, options: PairOptions, num_pairs: int, chosen_tokens: Tensor | None = None) -> Tensor:
+    """k (S,): what is added to ∂L/∂ℓ_s; zero for rejected sequences."""
+    k = -options.nll_weight / max(num_pairs, 1) / lengths.clamp(min=1)
+    if weight := sum(weight for loss, weight in options.losses if loss.of == NONE):
+        tokens = lengths[0::2].sum() if chosen_tokens is None else chosen_tokens
+        k = k - weight / tokens.clamp(min=1)
+    k[1::2] = 0
+    return k
 
 
 def sequence_coefficients(
-    num_pairs: int, lengths: Tensor, options: PairOptions, alphas: Tensor | float | None = None
-) -> tuple[Tensor, Tensor]:
-    """a and k, each (S,): c_s = a_s · f'(u_p) + k_s. lengths (S,) floating; alphas: those of `Scored`, if known."""
-    share, alphas = 1 / max(num_pairs, 1), _alphas(lengths, options) if alphas is None else alphas
-    scale = share if options.loss_type == "ipo" else options.beta * share
+    num_pairs: int,
+    lengths: Tensor,
+    options: PairOptions,
+    alphas: Tensor | float | None = None,
+    chosen_tokens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """a and k, each (S,), of a loss of one number: c_s = a_s · f'(u_p) + k_s; k is None where all of it is zero.
+
+    lengths (S,) floating; alphas: those of `Scored`, if known; chosen_tokens: see `score`.
+    """
+    alphas = _alphas(lengths, options) if alphas is None else alphas
+    first = next((loss for loss, _ in options.losses if loss.of == ONE), OBJECTIVES["sigmoid"])
+    scale = (options.beta if first.beta else 1.0) / max(num_pairs, 1)
     a = alphas * scale if isinstance(alphas, Tensor) else torch.full_like(lengths, alphas * scale)
-    if options.loss_type == "ipo":
+    if first.per_token:
         a = a / lengths.clamp(min=1)
     a[1::2].neg_()
-    if not options.nll_weight:
-        return a, torch.zeros_like(a)
-    k = -options.nll_weight * share / lengths.clamp(min=1)
-    k[1::2] = 0
-    return a, k
+    return a, _likelihood(lengths, options, num_pairs, chosen_tokens) if options.adds_likelihood else None
 
 
 def initial_margins(ref_logps: Tensor, lengths: Tensor, options: PairOptions) -> Tensor:
@@ -212,17 +417,3 @@ def _difference(values: Tensor) -> Tensor:
     """(S,) -> (P,): chosen − rejected"""
     chosen, rejected = values.view(-1, 2).unbind(1)
     return chosen - rejected
-
-
-def _objective(u: Tensor, options: PairOptions) -> tuple[Tensor, Tensor]:
-    """f(u) and f'(u), each (P,); ε the probability of a flipped label."""
-    eps = options.label_smoothing
-    if options.loss_type == "sigmoid":
-        # ε σ(u) − (1 − ε) σ(−u) = ε − σ(−u)
-        minus = -u
-        return (eps - 1) * F.logsigmoid(u) - eps * F.logsigmoid(minus), eps - torch.sigmoid(minus)
-    if options.loss_type == "hinge":
-        value = (1 - eps) * F.relu(1 - u) + eps * F.relu(1 + u)
-        return value, eps * (u > -1).to(u.dtype) - (1 - eps) * (u < 1).to(u.dtype)
-    target = 1 / (2 * options.beta)
-    return (1 - eps) * (u - target) ** 2 + eps * (u + target) ** 2, 2 * (u - (1 - 2 * eps) * target)

@@ -10,6 +10,8 @@ from torch import Tensor
 from hdpo_kernels.gemm import UPCAST_BLOCK
 from hdpo_kernels.lm_head import buffers_for, full_precision, pitch
 from hdpo_kernels.logp import compute_dtype
+from hdpo_kernels.objectives import NONE, TWO
+from hdpo_kernels.pair import kind_of, losses_of
 from hdpo_kernels.rows.torch import BLOCK_BYTES
 
 
@@ -26,6 +28,7 @@ def head_workspace_bytes(
     cu_seqlens: Sequence[int],
     *,
     nll_weight: float = 0.0,
+    loss_type: str | Sequence[str] = "sigmoid",
     gradient: str = "exact",
     chunk_bytes: int | None = None,
     device: torch.device | None = None,
@@ -35,7 +38,7 @@ def head_workspace_bytes(
     Args:
         hidden, weight: (N, H) and (V, H), of which shapes, dtypes and requires_grad are read, so that they may be on
             "meta". All N rows are taken to be scored. Under autocast as there.
-        cu_seqlens, nll_weight, gradient, chunk_bytes: as in `linear_hdpo_loss`.
+        cu_seqlens, nll_weight, loss_type, gradient, chunk_bytes: as in `linear_hdpo_loss`.
         device: where the call would run; default: where hidden is.
     """
     device, dtype = hidden.device if device is None else device, compute_dtype(hidden)
@@ -58,6 +61,9 @@ def head_workspace_bytes(
         d_weight += min(piece_rows, rows) * (block + hidden_size) * 4 if d_weight else 0
     passing = casts + max(logits, stats, d_weight)
     long = sum(end - start > piece_rows for start, end in itertools.pairwise(cu_seqlens[::2]))
-    if d_weight and (long > 1 or (long and nll_weight)):  # a second buffer for d_weight, see `plan_chunks`
-        passing += vocab * hidden_size * full_precision(dtype).itemsize
+    if d_weight and long:  # more buffers for d_weight, see `plan_chunks`
+        names = loss_type if isinstance(loss_type, str) else tuple(loss_type)
+        likelihood = nll_weight > 0 or any(loss.of == NONE for loss, _ in losses_of(names, None))
+        more = 1 + (long > 1) if kind_of(names) == TWO else int(long > 1 or likelihood)
+        passing += more * vocab * hidden_size * full_precision(dtype).itemsize
     return Workspace(buffers, passing) if on_cpu else Workspace(0, buffers + passing)

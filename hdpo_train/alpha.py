@@ -2,14 +2,13 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from hdpo_kernels.pair import PairOptions
+from hdpo_train.loss import StepLoss
 
 logger = logging.get_logger(__name__)
 SCHEDULES = ("constant", "linear", "cosine")
@@ -47,30 +46,6 @@ class Target(NamedTuple):
 
     def nats(self, before: float) -> float:
         return self.value * before if self.relative else self.value
-
-
-@dataclass
-class StepLoss:
-    """The loss of an optimizer step: the run's options, and the α of this step.
-
-    The trainer computes with it, callbacks set its α, and nothing else knows that α.
-    """
-
-    pairs: PairOptions
-    head: Mapping[str, Any]  # gradient, epsilon, chunk_bytes
-
-    @property
-    def alpha(self) -> float:
-        return self.pairs.alpha
-
-    @alpha.setter
-    def alpha(self, value: float) -> None:
-        self.pairs = replace(self.pairs, alpha=value)
-
-    @property
-    def keywords(self) -> dict[str, Any]:
-        """Of `hdpo_kernels.linear_hdpo_loss`."""
-        return {**asdict(self.pairs), **self.head}
 
 
 class AlphaSchedule(TrainerCallback):

@@ -7,9 +7,10 @@ import torch
 from transformers import TrainingArguments
 
 from hdpo_kernels.checks import GRADIENTS, check_gradient
-from hdpo_kernels.pair import ALPHA_LEVELS, LOSS_TYPES, PairOptions
-from hdpo_train.alpha import SCHEDULES, StepLoss, Target
+from hdpo_kernels.pair import ALPHA_LEVELS, DIVERGENCES, LOSS_TYPES, PairOptions
+from hdpo_train.alpha import SCHEDULES, Target
 from hdpo_train.inherited import check_options, check_ranges
+from hdpo_train.loss import StepLoss, is_own_loss, load_own_loss
 from hdpo_train.model.loading import in_gguf
 from hdpo_train.ranks import check_dataloading
 
@@ -78,10 +79,25 @@ class HDPOConfig(TrainingArguments):
         metadata={"help": "With target_entropy: training prompts that the policy answers to be measured, once each."},
     )
     beta: float = field(default=0.1, metadata={"help": "Pull to the reference: higher stays closer."})
-    loss_type: str = field(
+    loss_type: list[str] | str = field(
         default="sigmoid",
-        metadata={"help": "sigmoid (DPO / H-DPO), hinge (SLiC) or ipo (length-normalised).", "choices": LOSS_TYPES},
+        metadata={
+            "help": "sigmoid (DPO / H-DPO), or another loss or several: " + ", ".join(LOSS_TYPES[1:]) + "; or "
+            "file.py:function, called with policy (times alpha) and reference log-probs and lengths, (S,) each, chosen "
+            "and rejected in turn, which returns a loss for each pair.",
+        },
     )
+    loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of several losses in their sum. Default: 1 each."}
+    )
+    f_divergence_type: str = field(
+        default="reverse_kl",
+        metadata={"help": "Divergence from the reference, for losses of a margin.", "choices": DIVERGENCES},
+    )
+    f_alpha_divergence_coef: float = field(
+        default=0.5, metadata={"help": "Order of --f_divergence_type alpha_divergence."}
+    )
+    discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of the loss discopop."})
     label_smoothing: float = field(
         default=0.0, metadata={"help": "Probability that a preference label is flipped, in [0, 0.5)."}
     )
@@ -184,7 +200,7 @@ class HDPOConfig(TrainingArguments):
         super().__post_init__()
         check_options(self)
         check_dataloading(self.accelerator_config, self.world_size)  # type: ignore[arg-type]
-        self.pair_options  # noqa: B018 - raises for values out of range
+        self.step_loss()  # raises for values out of range
         self._check_alpha()
         check_gradient(self.gradient, self.epsilon)
         if self.on_bad_record not in ("stop", "drop"):
@@ -242,13 +258,15 @@ class HDPOConfig(TrainingArguments):
 
     @property
     def pair_options(self) -> PairOptions:
-        return PairOptions(**{each.name: getattr(self, each.name) for each in fields(PairOptions)})
+        """Of a loss of the user's, those that do not depend on it."""
+        options = {each.name: getattr(self, each.name) for each in fields(PairOptions)}
+        return PairOptions(**{**options, **({"loss_type": "sigmoid"} if is_own_loss(self.loss_type) else {})})
 
     def step_loss(self) -> StepLoss:
         """The loss of the first step."""
-        return StepLoss(
-            self.pair_options, {name: getattr(self, name) for name in ("gradient", "epsilon", "chunk_bytes")}
-        )
+        head = {name: getattr(self, name) for name in ("gradient", "epsilon", "chunk_bytes")}
+        own = load_own_loss(str(self.loss_type)) if is_own_loss(self.loss_type) else None
+        return StepLoss(self.pair_options, head, own)
 
 
 @dataclass

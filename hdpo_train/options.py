@@ -31,7 +31,8 @@ GROUPS = {  # of --help_all; what transformers has beyond these comes last
         "on_bad_record", "dataset_num_proc",
     ),
     "loss": (
-        "alpha", "beta", "loss_type", "alpha_level", "label_smoothing", "nll_weight", "gradient", "epsilon",
+        "alpha", "beta", "loss_type", "loss_weights", "alpha_level", "label_smoothing", "nll_weight",
+        "f_divergence_type", "f_alpha_divergence_coef", "discopop_tau", "gradient", "epsilon",
     ),
     "entropy": (
         "alpha_schedule", "alpha_final", "target_entropy", "alpha_min", "alpha_max", "entropy_steps", "entropy_prompts",

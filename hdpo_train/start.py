@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from hdpo_kernels.objectives import ONE
 from hdpo_kernels.pair import PairOptions, initial_margins
 from hdpo_train.config import HDPOConfig
 from hdpo_train.data.own_reference import COLUMNS
@@ -96,7 +97,7 @@ def margins_before_training(dataset: Dataset, options: PairOptions) -> tuple[Ten
     lengths = _completion_lengths(dataset)
     margins = initial_margins(ref_logps, lengths, options)
     mean, by_token, warnings = margins.mean().item(), options.alpha_level == "token", []
-    if abs(mean) > _LARGE_MARGIN and options.loss_type != "ipo":
+    if abs(mean) > _LARGE_MARGIN and options.kind == ONE and not options.per_token:
         chosen, rejected = lengths.view(-1, 2).mean(0).tolist()
         other = initial_margins(ref_logps, lengths, replace(options, alpha_level="token")).mean().item()
         instead = (

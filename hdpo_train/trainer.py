@@ -371,7 +371,9 @@ class HDPOTrainer(ResumableTrainer):
         self._stop_where_broken({})
         super()._save_checkpoint(*args, **kwargs)
 
-    def create_model_card(self, model_name: str | None = None, dataset: Any = None, **metadata: Any) -> None:
+    def create_model_card(  # type: ignore[override]
+        self, model_name: str | None = None, dataset: Any = None, **metadata: Any
+    ) -> None:
         """README.md beside the model: what it was trained from, on and with. One that somebody has changed stays.
 
         model_name: default: the name of output_dir. dataset: names of the data. metadata: language, license, tags.
@@ -454,7 +456,7 @@ class HDPOTrainer(ResumableTrainer):
             "alpha": args.alpha,
             "alpha_level": args.alpha_level,
             "beta": args.beta,
-            "loss_type": args.loss_type,
+            "loss_type": " + ".join([args.loss_type] if isinstance(args.loss_type, str) else args.loss_type),
             "layout": str(self.layout),
             "initial_margin": margins.mean().item(),
             "initial_margin_largest": margins.abs().max().item(),

@@ -33,6 +33,7 @@ def _train(script: ScriptArguments, args: HDPOConfig) -> HDPOTrainer:
     trainer = make_trainer(script, args)
     if trainer.is_world_process_zero():
         start = trainer.start
+        print(f"Loss: {start['loss_type']}; {trainer.loss.way}.")
         print(
             f"{start['pairs']} pairs. Margin before training (0 for α = 1): mean {start['initial_margin']:+.3f}, "
             f"largest {start['initial_margin_largest']:.3f}"

@@ -31,7 +31,7 @@ class Pairs(NamedTuple):
     """What the loss makes of P pairs, S = 2P sequences, N rows."""
 
     terms: Tensor  # (P,) their sum is the loss
-    slope: Tensor  # (P,) f'(u)
+    slope: Tensor  # (P,) f'(u) of a loss of one number, else zero
     logps: Tensor  # (S,) nats
     entropy: Tensor  # (S,) mean nats per scored token
     rewards: Tensor  # (S,) β(α_s ℓ − ρ)

@@ -6,11 +6,12 @@ from torch.autograd.function import once_differentiable
 
 from hdpo_kernels.checks import boundaries
 from hdpo_kernels.device import to_device
-from hdpo_kernels.naive import HDPOLoss, TokenLogp
+from hdpo_kernels.naive import IGNORE_INDEX, HDPOLoss, TokenLogp
 from hdpo_kernels.ops import operator
-from hdpo_kernels.pair import PairOptions
+from hdpo_kernels.pair import LossFunction, PairOptions, score
 from hdpo_kernels.pairs import Pairs, ScoredStats, pair_operation
 from hdpo_kernels.parallel import Ranks
+from hdpo_kernels.sequence import sequence_sum
 
 CONSUMED = (
     "the gradients of {} are formed in forward and consumed by the first backward; "
@@ -29,6 +30,32 @@ def token_hdpo_loss(
     """Differentiable in token.logp (N,); inputs already checked, labels on any device."""
     need = torch.is_grad_enabled() and token.logp.requires_grad
     return unpack(TokenHDPOLoss.apply(*token, labels, ref_logps, cu_seqlens, options.numbers, sp_name, need))
+
+
+def own_loss(
+    token: TokenLogp,
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    ref_logps: Tensor | None,
+    options: PairOptions,
+    function: LossFunction,
+) -> HDPOLoss:
+    """The loss that a function of the user's makes of α-weighted log-probs, reference log-probs and lengths."""
+    scored = (labels != IGNORE_INDEX).to(token.logp)
+    lengths, logps = sequence_sum(scored, cu_seqlens), sequence_sum(token.logp, cu_seqlens)
+    reference = torch.zeros_like(logps) if ref_logps is None else ref_logps.to(logps.dtype)
+    values = score(logps, reference, lengths, options, len(logps) // 2)
+    loss = function(values.alphas * logps, reference, lengths)
+    if not isinstance(loss, Tensor) or loss.shape not in ((), (len(logps) // 2,)):
+        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            f"loss_type, a function, must return a tensor of one loss a pair, ({len(logps) // 2},), or their mean, (); "
+            f"got {got}"
+        )
+    loss = loss if not loss.dim() else loss.sum() / max(len(loss), 1)
+    entropy = sequence_sum(token.entropy.detach(), cu_seqlens) / lengths.clamp(min=1)
+    rewards = values.rewards.detach().view(-1, 2)
+    return HDPOLoss(loss, logps.detach(), entropy, rewards[:, 0], rewards[:, 1], values.margins.detach())
 
 
 def pairs_of(rows: ScoredStats, options: PairOptions, need: bool, sp: Ranks) -> Pairs:

@@ -33,14 +33,18 @@ def score_pairs(
     lengths = sp.sum(scored_lengths(rows, seqs)) if rows.lengths is None else rows.lengths[seqs]
     logps, entropy = sp.sum(operations.sequence_sum(rows.stats[:, here], bounds)).unbind(0)
     ref_logps = None if rows.ref_logps is None else rows.ref_logps[seqs].to(logps.dtype)
-    terms, slope, rewards, margins, alphas = pair.score(logps, ref_logps, lengths, options, num_pairs)
+    tokens = None if rows.lengths is None else rows.lengths[0::2].sum()  # of all chosen sequences
+    scored = pair.score(logps, ref_logps, lengths, options, num_pairs, tokens)
     entropy, row_scale = entropy / lengths.clamp(min=1), rows.stats[0, :0]
     if need:
-        a, k = pair.sequence_coefficients(num_pairs, lengths, options, alphas)
-        c = (a.view(-1, 2) * slope.unsqueeze(1)).flatten()
-        c = c + k if options.nll_weight else c
+        a, k = pair.sequence_coefficients(num_pairs, lengths, options, scored.alphas, tokens)
+        if scored.by_sequence is None:
+            c = (a.view(-1, 2) * scored.slope.unsqueeze(1)).flatten()
+        else:
+            c = scored.alphas * scored.by_sequence / max(num_pairs, 1)
+        c = c if k is None else c + k
         row_scale = operations.sequence_spread(c, bounds)
-    part = Pairs(terms, slope, logps, entropy, rewards, margins, row_scale)
+    part = Pairs(scored.terms, scored.slope, logps, entropy, scored.rewards, scored.margins, row_scale)
     if out is None:
         return part
     pairs = slice(first, last)

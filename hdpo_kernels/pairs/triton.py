@@ -7,13 +7,15 @@ import triton
 import triton.language as tl
 
 from hdpo_kernels.naive import IGNORE_INDEX
-from hdpo_kernels.pair import LOSS_TYPES, PairOptions
+from hdpo_kernels.objectives import ONE
+from hdpo_kernels.pair import PairOptions
 from hdpo_kernels.pairs import Pairs, ScoredStats, new_pairs
 from hdpo_kernels.pairs import torch as torch_pairs
 from hdpo_kernels.parallel import Ranks
 
 _IGNORE_INDEX = tl.constexpr(IGNORE_INDEX)
-_SIGMOID, _HINGE, _IPO = (tl.constexpr(LOSS_TYPES.index(name)) for name in ("sigmoid", "hinge", "ipo"))
+LOSSES = ("sigmoid", "hinge", "ipo")  # that the kernel has; pairs/torch.py has all
+_SIGMOID, _HINGE, _IPO = (tl.constexpr(LOSSES.index(name)) for name in LOSSES)
 BLOCK_N = 1024  # rows that a program sums at a time
 
 
@@ -63,7 +65,7 @@ def _relu(x):
 
 @triton.jit
 def _objective(u, beta, smoothing, LOSS: tl.constexpr):
-    """f(u) and f'(u); see `pair._objective`."""
+    """f(u) and f'(u); see objectives.py."""
     if LOSS == _SIGMOID:
         value = -(1.0 - smoothing) * _log_sigmoid(u) - smoothing * _log_sigmoid(-u)
         slope = smoothing - _sigmoid(-u)
@@ -130,7 +132,9 @@ def score_pairs(
     out: Pairs | None, first: int, last: int, rows: ScoredStats, options: PairOptions, sp: Ranks, need: bool
 ) -> Pairs:
     """Pairs first … last - 1, their rows all scored by now; see pairs/torch.py."""
-    if sp.group is not None:  # between sums and losses other ranks have a word
+    name, *others = options.names
+    known = name in LOSSES and not others and options.losses[0][1] == 1 and options.kind == ONE
+    if sp.group is not None or not known:  # between sums and losses other ranks have a word
         return torch_pairs.score_pairs(out, first, last, rows, options, sp, need)
     out = new_pairs(rows, need) if out is None else out
     if last > first:
@@ -139,7 +143,7 @@ def score_pairs(
         _pair_kernel[(last - first,)](
             stats, stats.shape[1], rows.labels, rows.cu_seqlens, stats if ref_logps is None else ref_logps, *out,
             first, len(out.terms), float(options.alpha), float(options.beta), float(options.label_smoothing),
-            float(options.nll_weight), LOSS=LOSS_TYPES.index(options.loss_type),
+            float(options.nll_weight), LOSS=LOSSES.index(name),
             BY_TOKEN=options.alpha_level == "token", HAS_REF=ref_logps is not None, HAS_GRAD=need, BLOCK_N=BLOCK_N,
         )  # fmt: skip
     return out

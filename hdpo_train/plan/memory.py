@@ -223,6 +223,7 @@ def _count_the_head(model: nn.Module, args: HDPOConfig, ledger: Ledger) -> list[
             head_workspace_bytes,
             cu_seqlens=pairs.cu_seqlens,
             nll_weight=args.nll_weight,
+            loss_type=args.pair_options.loss_type,
             gradient=args.gradient,
             chunk_bytes=args.chunk_bytes,
             device=args.device,

@@ -16,6 +16,22 @@ OPTIONS = [
     {"alpha": 0.9, "beta": 0.2, "loss_type": "ipo", "label_smoothing": 0.1, "nll_weight": 0.5},
     {"alpha": 0.6, "beta": 0.3, "alpha_level": "token", "label_smoothing": 0.1, "nll_weight": 0.5},
     {"alpha": 1.4, "beta": 0.3, "alpha_level": "token", "loss_type": "hinge"},
+    {"alpha": 0.8, "beta": 0.3, "loss_type": "exo_pair", "label_smoothing": 0.1},
+    {"alpha": 1.2, "beta": 0.3, "loss_type": "robust", "label_smoothing": 0.2},
+    {"alpha": 0.8, "beta": 0.02, "loss_type": "discopop"},
+    {"alpha": 0.8, "beta": 0.9, "loss_type": "sigmoid_norm", "label_smoothing": 0.2},
+    {"alpha": 0.8, "beta": 0.3, "loss_type": "sft"},
+    {"alpha": 0.8, "beta": 0.3, "loss_type": ["sigmoid", "hinge", "sft"], "loss_weights": [0.5, 2.0, 0.3]},
+]
+OF_SEQUENCES = [  # functions of two numbers a pair, or of all pairs
+    *({"alpha": 0.8, "beta": 0.2, "loss_type": name} for name in ("nca_pair", "bco_pair", "sppo_hard", "apo_zero")),
+    {"alpha": 1.3, "beta": 0.2, "loss_type": "apo_down", "alpha_level": "token", "nll_weight": 0.4},
+    {"alpha": 0.8, "beta": 0.2, "loss_type": "aot", "label_smoothing": 0.1},
+    {"alpha": 0.8, "beta": 0.2, "loss_type": "aot_unpaired", "alpha_level": "token"},
+    {"alpha": 0.8, "beta": 0.2, "loss_type": ["sigmoid", "ipo", "apo_zero", "sft"], "loss_weights": [1, 0.1, 2, 0.2]},
+    {"alpha": 0.8, "beta": 0.2, "f_divergence_type": "forward_kl"},
+    {"alpha": 0.8, "beta": 0.2, "f_divergence_type": "js_divergence", "loss_type": "sigmoid_norm"},
+    {"alpha": 0.8, "beta": 0.2, "f_divergence_type": "alpha_divergence", "loss_type": ["hinge", "sft"]},
 ]
 
 
@@ -25,7 +41,7 @@ def make_pairs(dtype=torch.float64):
     return logps, ref_logps, torch.tensor([3, 5, 1, 0, 7, 2, 4, 4])
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS + OF_SEQUENCES, ids=str)
 def test_pair_loss_matches_the_oracle(options):
     logps, ref_logps, lengths = make_pairs()
     for ref in (ref_logps, None):
@@ -46,7 +62,7 @@ def test_sequence_coefficients_and_slope_are_the_gradient_of_the_oracle(options)
     logps, ref_logps, lengths = make_pairs()
     parsed, n = PairOptions(**options), lengths.double()
     a, k = pair.sequence_coefficients(4, n, parsed)
-    c = a * pair.score(logps, ref_logps, n, parsed, 4).slope.repeat_interleave(2) + k
+    c = a * pair.score(logps, ref_logps, n, parsed, 4).slope.repeat_interleave(2) + (0 if k is None else k)
     leaf = logps.clone().requires_grad_()
     (expected,) = torch.autograd.grad(naive.pair_loss(leaf, ref_logps, lengths=n, **options).loss, leaf)
     torch.testing.assert_close(c, expected, rtol=1e-9, atol=1e-12)
@@ -186,7 +202,7 @@ def test_gradient_unit_keeps_the_coefficients_of_unequal_pairs_in_the_range_of_f
         ({"alpha": float("nan")}, "alpha must be a positive number, got nan"),
         ({"beta": -0.1}, "beta must be a positive number, got -0.1"),
         ({"beta": float("inf")}, "beta must be a positive number, got inf"),
-        ({"loss_type": "dpop"}, "one of sigmoid, hinge, ipo; got 'dpop'"),
+        ({"loss_type": "dpop"}, "one of sigmoid, hinge, ipo, exo_pair, .*; got 'dpop'"),
         ({"label_smoothing": 0.5}, r"in \[0, 0.5\); got 0.5"),
         ({"label_smoothing": -0.1}, r"in \[0, 0.5\); got -0.1"),
         ({"nll_weight": -1.0}, "nll_weight must be zero or positive, got -1.0"),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hdpo_kernels import naive
 from hdpo_kernels.naive import HDPOLoss
-from hdpo_kernels.pair import LOSS_TYPES, PairOptions
+from hdpo_kernels.pair import PairOptions
 from hdpo_kernels.pairs import Pairs, ScoredStats
 from hdpo_kernels.pairs import torch as torch_pairs
 from hdpo_kernels.pairs import triton as triton_pairs
@@ -49,7 +49,7 @@ def oracle(rows: ScoredStats, options: PairOptions) -> tuple[HDPOLoss, Tensor]:
     return result._replace(entropy=entropy / lengths.clamp(min=1)), torch.zeros_like(logp) if grad is None else grad
 
 
-LOSSES = [*((name, "sequence") for name in LOSS_TYPES), ("sigmoid", "token"), ("hinge", "token")]
+LOSSES = [*((name, "sequence") for name in triton_pairs.LOSSES), ("sigmoid", "token"), ("hinge", "token")]
 
 
 def draw_options(seed: int, loss_type: str, level: str) -> PairOptions:

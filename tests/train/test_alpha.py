@@ -10,7 +10,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from hdpo_kernels.pair import PairOptions
 from hdpo_train import HDPOConfig, quickstart
-from hdpo_train.alpha import EntropyControl, StepLoss, Target, alpha_at
+from hdpo_train.alpha import EntropyControl, Target, alpha_at
+from hdpo_train.loss import StepLoss
 from hdpo_train.quickstart import task
 from hdpo_train.run.report import read_metrics
 from tests.train.test_trainer import losses, make_trainer, plain_losses

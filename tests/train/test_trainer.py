@@ -427,7 +427,9 @@ def test_init_refuses_what_it_would_have_to_ignore(tokenizer, config):
     [
         ({"alpha": 0.0}, "alpha must be from 1e-9 to 1e9 .*, got 0.0"),
         ({"beta": -0.1}, "beta must be from 1e-9 to 1e9 .*, got -0.1"),
-        ({"loss_type": "dpo"}, "loss_type must be one of sigmoid, hinge, ipo; got 'dpo'"),
+        ({"loss_type": "dpo"}, "loss_type must be one of sigmoid, hinge, ipo, .*; got 'dpo'"),
+        ({"loss_type": "no.py:f"}, "loss_type no.py:f: there is no file no.py"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "a weight for each loss"),
         ({"alpha_level": "word"}, "alpha_level must be one of sequence, token; got 'word'"),
         ({"alpha_level": "token", "loss_type": "ipo"}, "by token already: leave out alpha_level"),
         ({"label_smoothing": 0.5}, r"in \[0, 0.5\); got 0.5"),
