@@ -80,6 +80,8 @@ class TrainingParser(Parser, HfArgumentParser):
         for kind in kinds:
             self._hints |= typing.get_type_hints(kind)
         for action in self._actions:
+            if action.dest == "loss_type":
+                action.default = HDPOConfig.loss_type  # which HfArgumentParser forgets for a list
             if action.type is string_to_bool and action.nargs is None:
                 action.nargs, action.const = "?", True
             if action.dest in _ALONE:

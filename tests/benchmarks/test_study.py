@@ -112,7 +112,7 @@ def test_main_runs_the_study_and_the_readme_takes_its_beginning(tmp_path):
     text = report.study(tmp_path)
     for line in ("| before training |", "| α = 1.4 |", "| α > 1 raises pass@8 |", "Page's trend test"):
         assert line in text and line in (tmp_path / "study.md").read_text()
-    assert "[plots](benchmarks/study/study.png)" in text and "In full" not in text
+    assert "[plots](../benchmarks/study/study.png)" in text and "In full" not in text
     assert "On CUDA: not measured yet (`python -m benchmarks.study --larger`)." in text
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from hdpo_kernels.pair import LOSS_TYPES
 from hdpo_train import HDPOConfig, HDPOTrainer
 from tests.train.tiny import make_model, make_records
 
@@ -16,11 +17,11 @@ def losses_and_parameters(trainer) -> tuple[list[float], torch.Tensor]:
     return losses, torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}], ids=["", "accumulation"])
-def test_the_trajectory_is_that_of_trl(tokenizer, tmp_path, options):
+def both(tokenizer, tmp_path, steps: int, **options) -> tuple:
+    """This trainer and TRL's, on the same model, pairs and options."""
     trl = pytest.importorskip("trl")
     common = dict(
-        max_steps=STEPS, per_device_train_batch_size=4, learning_rate=1e-3, lr_scheduler_type="linear", beta=0.3,
+        max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-3, lr_scheduler_type="linear", beta=0.3,
         logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, bf16=False, seed=3,
         max_length=None, gradient_checkpointing=False, **options,
     )  # fmt: skip
@@ -33,13 +34,40 @@ def test_the_trajectory_is_that_of_trl(tokenizer, tmp_path, options):
         args=HDPOConfig(output_dir=str(tmp_path / "ours"), ref_cache_dir=str(tmp_path / "ref"), alpha=1.0, **common),
         **given(),
     )
-    theirs = trl.DPOTrainer(
-        args=trl.DPOConfig(output_dir=str(tmp_path / "theirs"), precompute_ref_log_probs=True, **common), **given()
-    )
-    (our_losses, our_parameters), (their_losses, their_parameters) = map(losses_and_parameters, (ours, theirs))
+    args = trl.DPOConfig(output_dir=str(tmp_path / "theirs"), precompute_ref_log_probs=True, **common)
+    return ours, trl.DPOTrainer(args=args, **given())
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}], ids=["", "accumulation"])
+def test_the_trajectory_is_that_of_trl(tokenizer, tmp_path, options):
+    trainers = both(tokenizer, tmp_path, STEPS, **options)
+    (our_losses, our_parameters), (their_losses, their_parameters) = map(losses_and_parameters, trainers)
     assert len(our_losses) == len(their_losses) == STEPS
     for ours, theirs in zip(our_losses, their_losses, strict=True):
         assert ours == pytest.approx(theirs, abs=2e-6)  # measured: 1.5e-7, a few roundings of a loss in fp32
     assert min(our_losses) < 0.5 * our_losses[0]  # something was learnt
     moved = (our_parameters - torch.cat([p.detach().flatten() for p in make_model().parameters()])).abs().max()
     assert (our_parameters - their_parameters).abs().max() < 1e-3 * moved  # measured: 2e-5
+
+
+LOSSES = {
+    **{name: {"loss_type": [name]} for name in LOSS_TYPES if name not in ("sigmoid", "exo_pair", "robust")},
+    **{name: {"loss_type": [name], "label_smoothing": 0.1} for name in ("exo_pair", "robust")},
+    "a mix": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    "forward_kl": {"f_divergence_type": "forward_kl"},
+    "js_divergence": {"f_divergence_type": "js_divergence", "loss_type": ["hinge"]},
+    "alpha_divergence": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.7},
+}
+
+
+@pytest.mark.parametrize("options", LOSSES.values(), ids=LOSSES.keys())
+def test_every_loss_takes_the_steps_of_trl(tokenizer, tmp_path, options):
+    trainers = both(tokenizer, tmp_path, 5, **options)
+    (our_losses, our_parameters), (their_losses, their_parameters) = map(losses_and_parameters, trainers)
+    assert our_losses == pytest.approx(their_losses, rel=1e-5, abs=2e-6)
+    moved = (our_parameters - torch.cat([p.detach().flatten() for p in make_model().parameters()])).abs().max()
+    # Adam divides by the size of a gradient, so that where one is nearly zero its rounding moves a weight
+    off = (our_parameters - their_parameters).abs()
+    assert moved > 1e-3 and off.mean() < 1e-4 * moved and off.max() < 0.05 * moved
+    ours, theirs = ([line["rewards/chosen"] for line in t.state.log_history if "loss" in line] for t in trainers)
+    assert ours == pytest.approx(theirs, rel=1e-4, abs=2e-5)

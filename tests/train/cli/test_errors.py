@@ -1,5 +1,6 @@
 """What a user can get wrong on the command line, in every command: one paragraph, exit code 2, never a traceback."""
 
+import gc
 import os
 import re
 import shutil
@@ -132,6 +133,7 @@ def model(tmp_path_factory, tokenizer):
 )
 @pytest.mark.parametrize("command", ["train", "plan", "eval"])
 def test_main_names_the_folder_of_a_damaged_model(command, name, content, words, model, tmp_path, capsys):
+    gc.collect()  # a DeepSpeed config of another test, in a cycle, would have a say in how models are loaded
     shutil.copytree(model, tmp_path / "model")
     (tmp_path / "model" / name).write_text(content)
     (tmp_path / "p.jsonl").write_text('{"prompt": "Say sun:", "chosen": " sun", "rejected": " moon", "answer": "A"}\n')
@@ -275,7 +277,7 @@ def test_run_command_ends_with_130_after_an_interruption(capsys):
 
 
 def test_quickstart_interrupted_says_that_it_starts_from_the_beginning(monkeypatch, capsys):
-    monkeypatch.setattr("hdpo_train.quickstart.run", lambda folder, settings: raising(KeyboardInterrupt())([]))
+    monkeypatch.setattr("hdpo_train.cli.quickstart.run", lambda folder, settings: raising(KeyboardInterrupt())([]))
     with pytest.raises(SystemExit, match="130"):
         main(["quickstart", "--output_dir", "folder"])
     assert "starts from the beginning, and replaces what is in folder" in capsys.readouterr().err

@@ -82,14 +82,14 @@ def test_pairs_of_a_model_are_its_right_and_wrong_answers_with_a_summary(model, 
 
 @pytest.mark.parametrize("prompts", ["prompts.jsonl", "chats.jsonl"])
 def test_pairs_are_trained_on_with_the_tokens_that_were_sampled(prompts, model, folder, monkeypatch):
-    drawn, complete = set(), generate._complete
+    drawn, complete = set(), generate.complete
 
     def noted(model, prompts, *args, **kwargs):
         completions = complete(model, prompts, *args, **kwargs)
         drawn.update((tuple(prompt), tuple(each)) for prompt, each in zip(prompts, completions, strict=True))
         return completions
 
-    monkeypatch.setattr(generate, "_complete", noted)
+    monkeypatch.setattr(generate, "complete", noted)
     main(words(model_name_or_path=model, prompts=prompts))
     tokenizer = AutoTokenizer.from_pretrained(model)
     rows = tokenize_pairs(load_records("pairs.jsonl"), tokenizer)

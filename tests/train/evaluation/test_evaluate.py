@@ -9,7 +9,7 @@ from hdpo_train.evaluation.evaluate import EvalOptions, check_records, evaluate,
 from hdpo_train.evaluation.problems import Problem
 from hdpo_train.evaluation.report import markdown
 from hdpo_train.evaluation.samples import Sample
-from hdpo_train.evaluation.scores import Evaluation, Unjudged
+from hdpo_train.evaluation.scores import Estimate, Evaluation, Unjudged
 from hdpo_train.evaluation.worker import Fault
 from tests.train.tiny import make_chain, make_model
 
@@ -25,7 +25,7 @@ def test_evaluate_gives_the_figures_of_a_known_distribution(tokenizer):
     result = evaluate(model, tokenizer, problems, lambda problem, completion: completion == "b", OPTIONS, name="coin")
     assert (result.name, result.num_prompts, list(result.sampled)) == ("coin", 300, [1.0])
     sampled, greedy = result.sampled[1.0], result.greedy
-    assert greedy.accuracy == (0, 0, 0) and greedy.num_samples == 1 and greedy.pass_at == {}
+    assert greedy.accuracy == Estimate(0, 0, 0) and greedy.num_samples == 1 and greedy.pass_at == {}
     assert sampled.accuracy.value == sampled.pass_at[1].value == pytest.approx(0.25, abs=0.04)  # 4.5 standard errors
     assert sampled.accuracy.low < 0.25 < sampled.accuracy.high
     assert sampled.pass_at[4].value == pytest.approx(1 - 0.75**4, abs=0.04)

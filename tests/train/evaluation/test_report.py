@@ -17,7 +17,7 @@ def test_markdown_has_a_row_for_each_temperature():
     lines = markdown([Evaluation("m", 12, GREEDY, {0.7: SAMPLED})]).splitlines()
     names = "temperature samples accuracy pass@8 distinct_right distinct-1 distinct-2 self-BLEU entropy"
     assert lines[0] == f"| | {' | '.join(names.split())} |".replace("_", " ")
-    assert lines[2] == "| m | 0 (greedy) | 1 | 50.0% (25.0 … 75.0) |  |  |  |  |  |  |"  # of one sample: no diversity
+    assert lines[2] == "| m | 0 (greedy) | 1 | 50.0% (25.0 … 75.0) | | | | | | |"  # of one sample: no diversity
     assert lines[3] == (
         "| m | 0.7 | 8 | 40.0% (30.0 … 50.0) | 90.0% (80.0 … 100.0) | 3.25 (3.00 … 3.50) | 0.300 (0.200 … 0.400) "
         "| 0.600 (0.500 … 0.700) | 0.125 (0.100 … 0.200) | 0.750 (0.700 … 0.800) |"
