@@ -198,26 +198,32 @@ def study(folder: Path = STUDY) -> str:
 
 
 def head(rows: Sequence[Row]) -> str:
-    """The loss alone beside others: time on the first shape that was measured, memory of the longest pair."""
-    of_loss = [row for row in rows if row["question"] == "loss" and row["metric"] == OUR_RATIO]
-    of_memory = [row for row in rows if row["question"] == "memory" and row["metric"] == "peak memory"]
-    if not of_loss or not of_memory:
-        return "The loss alone: not measured yet (`python -m benchmarks --device cpu`)."
-    shape = of_loss[0]["shape"]
-    longest_pair = max({row["shape"] for row in of_memory}, key=natural)
-    ratios = {row["contestant"]: float(row["value"]) for row in of_loss if row["shape"] == shape}
-    peaks = {row["contestant"]: float(row["value"]) for row in of_memory if row["shape"] == longest_pair}
-    lines = [
-        [title, f"{ratios[name]:.2g} ×", f"{peaks[OURS]:,.0f} MiB, {peaks[name]:,.0f} MiB"]
-        for name, title in ((NAIVE, "plain PyTorch"), ("trl", "TRL"), ("liger", "Liger"))
-        if name in ratios and name in peaks
-    ]
-    header = [
-        "The loss alone, fp32 on 2 CPU cores, against",
-        f"time at {shape}",
-        f"peak memory, {longest_pair}: ours, theirs",
-    ]
-    return markdown.table(header, lines)
+    """The loss at the LM head beside others: time on the first shape that was measured, memory as pairs get longer."""
+    times = [row for row in rows if row["question"] == "loss" and row["metric"] == OUR_RATIO]
+    memory = [row for row in rows if row["question"] == "memory" and row["metric"] == "peak memory"]
+    if not times or not memory:
+        return "The loss at the LM head: not measured yet (`python -m benchmarks --device cpu`)."
+    newest = max(memory, key=lambda row: row["time"])
+    peaks = {(row["shape"], row["contestant"]): row for row in memory if row["commit"] == newest["commit"]}
+    shapes = sorted({shape for shape, _ in peaks}, key=natural)
+    ratios = {row["contestant"]: row for row in times if row["shape"] == times[0]["shape"]}
+    lines = []
+    for name, title in ((OURS, "hdpo_kernels"), (NAIVE, "plain PyTorch"), ("trl", "TRL"), ("liger", "Liger")):
+        cells = [_rounded(peaks.get((shape, name))) for shape in shapes]
+        version = peaks[shapes[-1], name]["peer"] if (shapes[-1], name) in peaks else ""
+        lines.append([f"{title} {version}".rstrip(), _rounded(ratios.get(name)), *cells])
+    sizes = shapes[0].split(", ")[0]
+    title = f"Loss and gradients at the LM head ({sizes}, fp32, on a CPU)"
+    pairs = [shape.removeprefix(f"{sizes}, ") for shape in shapes]
+    return markdown.table([title, "our time / theirs", f"peak memory, {pairs[0]}", *pairs[1:]], lines)
+
+
+def _rounded(row: Row | None) -> str:
+    """Two digits of a ratio, no fraction of a MiB; empty for what was not measured."""
+    if row is None:
+        return ""
+    value = float(row["value"])
+    return f"{value:,.0f} {row['unit']}" if value >= 10 else f"{value:.2g} {row['unit']}"
 
 
 def files() -> str:
@@ -237,8 +243,10 @@ def files() -> str:
 
 
 def filled_in(text: str) -> str:
-    """The text with what stands between markers written anew: a section of all devices, the studies of α, what
-    a real model shows, the loss alone, the list of files, or results/<name>.md."""
+    """The text with every block between `<!-- NAME: begin -->` and `<!-- NAME: end -->` written anew.
+
+    Names: those of SECTIONS and REAL, study, head, files, or that of a file results/NAME.md.
+    """
 
     def content(marked: re.Match[str]) -> str:
         begin, name, end = marked.groups()

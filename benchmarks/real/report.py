@@ -50,8 +50,8 @@ def short(rows: Sequence[Row]) -> str:
     if not lines:
         return f"Not measured yet (`{COMMAND}`)."
     trl = next(row["peer"] for row in rows if row["contestant"] == TRL and row["peer"])
-    title = f"SmolLM2-135M, DPO in fp32 on 2 CPU cores, against TRL {trl}"
-    return table([title, "time", "peak memory", "a loss differs by"], lines)
+    title = f"SmolLM2-135M, DPO in fp32 on 2 CPU cores, ours / TRL {trl}'s"
+    return table([title, "time", "peak memory", "largest difference of a loss"], lines)
 
 
 def long(rows: Sequence[Row]) -> str:

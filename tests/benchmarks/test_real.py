@@ -29,7 +29,7 @@ def example() -> Table:
 def test_short_table_compares_with_trl():
     rows = example().rows
     lines = report.short(rows).splitlines()
-    assert lines[0].endswith("| time | peak memory | a loss differs by |")
+    assert lines[0].endswith("| time | peak memory | largest difference of a loss |")
     assert lines[2] == "| GSM8K, 5 steps | 0.28 × | 0.52 × | 1.9e-06 nat |"
     assert report.short([row for row in rows if row["contestant"] != "trl"]) == "Not measured yet (`make real`)."
 

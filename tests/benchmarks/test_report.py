@@ -1,4 +1,4 @@
-"""The README says what the CSV says; what the CSV does not say is absent."""
+"""Tables in README.md and docs/ say what the CSV says, and nothing else."""
 
 import pytest
 
@@ -49,6 +49,21 @@ def test_tables_leave_out_what_was_not_measured():
     assert "One pair" not in report.tables([row for row in rows if row["question"] != "memory"])
     without = report.tables([row for row in rows if row["metric"] != OUR_RATIO])
     assert "0.617" not in without
+
+
+def test_head_shows_memory_of_the_newest_commit_as_pairs_get_longer():
+    table = example()
+    for tokens, ours, theirs in ((256, 82.4, 505.0), (1024, 86.4, 1960.0)):
+        table.add("memory", f"V=32 H=5, {tokens} tokens", "hdpo_kernels", "peak memory", (ours,), "MiB")
+        table.add("memory", f"V=32 H=5, {tokens} tokens", "trl", "peak memory", (theirs,), "MiB", "trl")
+    for row in table.rows:
+        older = row["question"] == "memory" and not row["shape"].startswith("V=32")
+        row.update(commit="old" if older else "new", time="2026-01-01" if older else "2026-01-02")
+    lines = report.head(table.rows).splitlines()
+    assert lines[0].endswith("(V=32 H=5, fp32, on a CPU) | our time / theirs | peak memory, 256 tokens | 1024 tokens |")
+    assert lines[2:4] == ["| hdpo_kernels | | 82 MiB | 86 MiB |", "| plain PyTorch | 0.62 × | | |"]
+    assert lines[4].endswith("| | 505 MiB | 1,960 MiB |")
+    assert "not measured yet" in report.head([])
 
 
 def test_section_without_results_says_so(tmp_path):

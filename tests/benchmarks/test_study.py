@@ -104,7 +104,7 @@ def test_main_refuses_the_larger_study_without_a_gpu(monkeypatch, capsys):
     assert "--larger needs a CUDA GPU, and there is none here" in capsys.readouterr().err
 
 
-def test_main_runs_the_study_and_the_readme_takes_its_beginning(tmp_path):
+def test_main_runs_the_study_and_the_docs_take_its_beginning(tmp_path):
     main(["--quick", "--out", str(tmp_path)])
     result = Sweep.load(tmp_path / "study.json")
     assert sorted(result.runs) == [0.7, 1.0, 1.4] and result.seeds == len(result.base) == 2 and result.per_seed
