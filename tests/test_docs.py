@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hdpo_kernels.pair import LOSS_TYPES, PairOptions
 from tests.train.tiny import make_chain, make_records
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +25,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the commands name: a model, pairs.jsonl, prompts.jsonl, train.jsonl, run.yaml."""
+    """What the commands name: a model, pairs.jsonl, prompts.jsonl, train.jsonl, my_losses.py, run.yaml."""
     from tests.train.conftest import tokenizer
 
     folder, tokens = tmp_path_factory.mktemp("readme"), tokenizer.__wrapped__()
@@ -37,6 +38,7 @@ def folder(tmp_path_factory):
     (folder / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     for name in ("prompts.jsonl", "train.jsonl"):
         (folder / name).write_text(blocks("json")[1])
+    (folder / "my_losses.py").write_text(blocks("python")[1])
     options = ["model_name_or_path: model", "dataset_name: pairs.jsonl", "output_dir: from-yaml", "max_steps: 1"]
     (folder / "run.yaml").write_text("\n".join(options))
     return folder
@@ -73,6 +75,7 @@ def test_commands_run_in_order(folder):
     run = "import json, sys; from hdpo_train.__main__ import main; [main(each) for each in json.loads(sys.argv[1])]"
     result = python(folder, "-c", run, json.dumps(commands))
     assert result.returncode == 0, result.stderr[-2000:]
+    assert all((folder / name / "metrics.jsonl").exists() for name in ("out-sum", "out-own"))
     assert (folder / "out" / "report.png").exists() and (folder / "from-yaml" / "model.safetensors").exists()
     first, second = (json.loads((folder / name / "results.json").read_text()) for name in ("eval", "eval-again"))
     assert first[1]["sampled"]["0.7"]["entropy"] == second[0]["sampled"]["0.7"]["entropy"]
@@ -81,7 +84,7 @@ def test_commands_run_in_order(folder):
 
 
 def test_readme_snippet_of_the_kernels_runs(folder):
-    (snippet,) = blocks("python")
+    snippet, _ = blocks("python")
     result = python(folder, "-c", snippet)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "tensor(" in result.stdout
@@ -106,6 +109,15 @@ def test_tables_are_those_of_the_results():
 
 def test_readme_is_read_in_two_minutes():
     assert len(README.splitlines()) <= 150
+
+
+def test_losses_of_the_guide_are_all_there_are_with_what_they_cost():
+    table = re.findall(r"^\| ([a-z_, .:]+) \| (\d) \| (.*) \|$", TEXT, re.MULTILINE)
+    listed = {name: (gemms, memory) for names, gemms, memory in table for name in names.split(", ")}
+    assert listed.pop("file.py:function")[0] == "4" and sorted(listed) == sorted(LOSS_TYPES)
+    for name, (gemms, memory) in listed.items():
+        way = PairOptions(1.0, 0.1, name, label_smoothing=0.1 * (name == "exo_pair")).way
+        assert f"{gemms} GEMMs" in way and ("one more buffer" in memory) == ("one more buffer" in way), name
 
 
 def anchors(text: str) -> set[str]:
