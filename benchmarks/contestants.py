@@ -83,7 +83,7 @@ def ours_fused_logp(problem: Problem) -> Tensor:
 
 
 def ours_chunked_logp(problem: Problem) -> Tensor:
-    with mock.patch("hdpo_kernels.rows.FUSED_MAX_HIDDEN", 0):
+    with mock.patch("hdpo_kernels.lm_head.FUSED_MAX_HIDDEN", 0):
         return ours_logp(problem)
 
 

@@ -11,7 +11,7 @@ from benchmarks.contest import OUR_RATIO
 from benchmarks.contestants import CONTESTANTS, NAIVE, OURS, rank
 from benchmarks.real import report as real
 from benchmarks.table import RESULTS, Row, natural, read
-from hdpo_train import markdown
+from hdpo_train import markdown, of_trl
 
 ROOT = Path(__file__).parent.parent
 SECTIONS = ("benchmarks", "sampled")
@@ -259,6 +259,8 @@ def filled_in(text: str) -> str:
             new = head(read(RESULTS / "cpu.csv"))
         elif name == "files":
             new = files()
+        elif name == "trl-options":
+            new = of_trl.table()
         elif name in REAL:
             new = REAL[name](read(RESULTS / "real.csv"))
         else:

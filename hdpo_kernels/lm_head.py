@@ -9,7 +9,7 @@ the thin side of each GEMM:
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +22,13 @@ from hdpo_kernels.device import ACCELERATORS, to_device
 from hdpo_kernels.gemm import addmm_into, mm_into
 from hdpo_kernels.naive import IGNORE_INDEX, TokenLogp
 from hdpo_kernels.parallel import VocabShard
-from hdpo_kernels.rows import backend, fused_forward
+from hdpo_kernels.rows import backend
 from hdpo_kernels.rows.torch import BLOCK_BYTES
 from hdpo_kernels.sampled.entries import Sampling
+
+# Writing and reading fp32 logits costs as long as the GEMM itself at H of about 700 on an H200, and less as H grows,
+# by traffic alone (README.md); no forward row of benchmarks/results/cuda.csv has confirmed the limit yet.
+FUSED_MAX_HIDDEN = 1024
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,17 @@ class LMHead:
         labels = None if self.all_scored else self.labels[start:end]
         hidden = self.hidden[start:end]
         return backend(self.stats).scale_rows(hidden, scale, factor=factor, labels=labels)
+
+
+def fused_forward(hidden: Tensor, weight: Tensor) -> Callable[..., TokenLogp] | None:
+    """`fused.linear_stats` where it is the faster way to statistics of rows without gradients, otherwise None."""
+    if hidden.device.type != "cuda" or hidden.element_size() != 2 or hidden.shape[1] > FUSED_MAX_HIDDEN:
+        return None
+    if any(size % 16 for size in (hidden.shape[1], hidden.stride(0), weight.stride(0))):
+        return None  # tiles of rows that are not aligned are not loaded ahead
+    from hdpo_kernels.fused import linear_stats
+
+    return linear_stats
 
 
 def buffers_for(

@@ -16,8 +16,8 @@ from hdpo_kernels.logp import needs_grad
 from hdpo_kernels.naive import HDPOLoss, TokenLogp
 from hdpo_kernels.ops import operator
 from hdpo_kernels.pair import PairOptions
-from hdpo_kernels.pairs import ScoredStats
 from hdpo_kernels.pairs.loss import CONSUMED, fake_results, pairs_of, results, unpack
+from hdpo_kernels.pairs.scored import ScoredStats
 from hdpo_kernels.parallel import Ranks
 from hdpo_kernels.rows import backend
 

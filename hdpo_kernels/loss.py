@@ -25,8 +25,9 @@ from hdpo_kernels.naive import HDPOLoss
 from hdpo_kernels.objectives import ALL, NONE, TWO
 from hdpo_kernels.ops import operator
 from hdpo_kernels.pair import LossFunction, PairOptions
-from hdpo_kernels.pairs import Pairs, ScoredStats, new_pairs, pair_operation
+from hdpo_kernels.pairs import pair_operation
 from hdpo_kernels.pairs.loss import CONSUMED, fake_results, own_loss, results, token_hdpo_loss, unpack
+from hdpo_kernels.pairs.scored import Pairs, ScoredStats, new_pairs
 from hdpo_kernels.pairs.torch import scored_lengths
 from hdpo_kernels.parallel import Ranks, VocabShard
 from hdpo_kernels.rows import backend

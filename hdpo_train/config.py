@@ -12,6 +12,7 @@ from hdpo_train.alpha import SCHEDULES, Target
 from hdpo_train.inherited import check_options, check_ranges
 from hdpo_train.loss import StepLoss, is_own_loss, load_own_loss
 from hdpo_train.model.loading import in_gguf
+from hdpo_train.of_trl import taking_options_of_trl
 from hdpo_train.ranks import check_dataloading
 
 
@@ -267,6 +268,9 @@ class HDPOConfig(TrainingArguments):
         head = {name: getattr(self, name) for name in ("gradient", "epsilon", "chunk_bytes")}
         own = load_own_loss(str(self.loss_type)) if is_own_loss(self.loss_type) else None
         return StepLoss(self.pair_options, head, own)
+
+
+HDPOConfig.__init__ = taking_options_of_trl(HDPOConfig.__init__)  # type: ignore[method-assign]
 
 
 @dataclass

@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import json
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import yaml
@@ -17,6 +17,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from hdpo_train.config import HDPOConfig, PlanConfig, ScriptArguments
+from hdpo_train.of_trl import INSTEAD
 from hdpo_train.parser import Parser, UsageError, WideHelp, did_you_mean, is_file_of_options
 
 KINDS: tuple[Any, Any] = (ScriptArguments, HDPOConfig)
@@ -96,6 +97,10 @@ class TrainingParser(Parser, HfArgumentParser):
                 action.type = _or_none(typing.cast(Callable[[str], Any], action.type))
         self.add_argument("-h", "--help", action="store_true", help="The options most used.")
         self.add_argument("--help_all", action="store_true", help="Every option.")
+
+    def unknown(self, name: str, known: Iterable[str]) -> str:
+        instead = INSTEAD.get(name.removeprefix("--").replace("-", "_"))
+        return super().unknown(name, known) if instead is None else f"{name}, an option of TRL's: {instead.text}"
 
     def may_be(self, action: argparse.Action, kind: type) -> bool:
         """Whether a value of that type is allowed by the option's annotation."""

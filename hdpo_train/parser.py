@@ -35,8 +35,12 @@ class Parser(argparse.ArgumentParser):
                 raise UsageError(f"{name or before or 'an option'} is empty: give it a value, or leave it out")
             is_option = word.startswith("-") and len(word) > 1 and " " not in name
             if is_option and name not in known and not _NEGATIVE_NUMBER.fullmatch(word):
-                raise UsageError(f"no option {name}{did_you_mean(name, known)} ({self.prog} --help lists the options)")
+                raise UsageError(self.unknown(name, known))
         return self.parse_known_args(argv)
+
+    def unknown(self, name: str, known: Iterable[str]) -> str:
+        """What to say of an option that does not exist."""
+        return f"no option {name}{did_you_mean(name, known)} ({self.prog} --help lists the options)"
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

@@ -9,7 +9,8 @@ from hdpo_kernels.device import to_device
 from hdpo_kernels.naive import IGNORE_INDEX, HDPOLoss, TokenLogp
 from hdpo_kernels.ops import operator
 from hdpo_kernels.pair import LossFunction, PairOptions, score
-from hdpo_kernels.pairs import Pairs, ScoredStats, pair_operation
+from hdpo_kernels.pairs import pair_operation
+from hdpo_kernels.pairs.scored import Pairs, ScoredStats
 from hdpo_kernels.parallel import Ranks
 from hdpo_kernels.sequence import sequence_sum
 

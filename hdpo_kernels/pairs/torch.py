@@ -9,7 +9,7 @@ from hdpo_kernels import pair
 from hdpo_kernels.device import to_device
 from hdpo_kernels.naive import IGNORE_INDEX
 from hdpo_kernels.pair import PairOptions
-from hdpo_kernels.pairs import Pairs, ScoredStats, new_pairs
+from hdpo_kernels.pairs.scored import Pairs, ScoredStats, new_pairs
 from hdpo_kernels.parallel import Ranks
 from hdpo_kernels.rows import backend
 

@@ -9,8 +9,8 @@ import triton.language as tl
 from hdpo_kernels.naive import IGNORE_INDEX
 from hdpo_kernels.objectives import ONE
 from hdpo_kernels.pair import PairOptions
-from hdpo_kernels.pairs import Pairs, ScoredStats, new_pairs
 from hdpo_kernels.pairs import torch as torch_pairs
+from hdpo_kernels.pairs.scored import Pairs, ScoredStats, new_pairs
 from hdpo_kernels.parallel import Ranks
 
 _IGNORE_INDEX = tl.constexpr(IGNORE_INDEX)

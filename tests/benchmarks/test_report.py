@@ -8,7 +8,7 @@ from benchmarks.contestants import CHUNKED, FUSED
 from benchmarks.growth import POWER
 from benchmarks.shapes import HEADS
 from benchmarks.table import RESULTS, Table, read
-from hdpo_kernels.rows import FUSED_MAX_HIDDEN
+from hdpo_kernels.lm_head import FUSED_MAX_HIDDEN
 
 
 def example() -> Table:
@@ -84,7 +84,7 @@ def test_draw_makes_the_plots_of_what_was_measured(tmp_path):
 
 
 def test_the_fused_forward_is_used_where_a_row_says_so():
-    """hdpo_kernels.rows.FUSED_MAX_HIDDEN is what the forward rows of a GPU say, once there are any."""
+    """hdpo_kernels.lm_head.FUSED_MAX_HIDDEN is what the forward rows of a GPU say, once there are any."""
     times = {
         (row["shape"].split()[0], row["contestant"]): float(row["value"])
         for row in read(RESULTS / "cuda.csv")

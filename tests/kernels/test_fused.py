@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hdpo_kernels import fused, linear_hdpo_loss, linear_logp, naive
 from hdpo_kernels.gemm import mm_into
-from hdpo_kernels.rows import fused_forward
+from hdpo_kernels.lm_head import fused_forward
 from hdpo_kernels.testing import Operations, assert_as_accurate_as, zipf_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

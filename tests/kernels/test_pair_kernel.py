@@ -9,9 +9,9 @@ from torch import Tensor
 from hdpo_kernels import naive
 from hdpo_kernels.naive import HDPOLoss
 from hdpo_kernels.pair import PairOptions
-from hdpo_kernels.pairs import Pairs, ScoredStats
 from hdpo_kernels.pairs import torch as torch_pairs
 from hdpo_kernels.pairs import triton as triton_pairs
+from hdpo_kernels.pairs.scored import Pairs, ScoredStats
 from hdpo_kernels.parallel import Ranks
 from hdpo_kernels.testing import assert_as_accurate_as
 

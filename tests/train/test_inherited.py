@@ -10,6 +10,8 @@ from packaging import version
 from transformers import Trainer, TrainingArguments
 
 from hdpo_train import HDPOConfig, HDPOTrainer, inherited
+from hdpo_train.of_trl import INSTEAD
+from tests.train.commands import refused
 from tests.train.test_trainer import make_trainer
 
 USED = (
@@ -203,3 +205,24 @@ def test_train_loader_takes_every_option_of_its_workers(options, tokenizer, conf
     loader = make_trainer(args, tokenizer).get_train_dataloader()
     assert loader.multiprocessing_context.get_start_method() == "spawn"
     assert (loader.in_order, loader.prefetch_factor, loader.num_workers) == (False, 3, 1)
+
+
+def test_every_option_of_trl_is_here_or_named():
+    """A new version of TRL that adds one fails here."""
+    trl = pytest.importorskip("trl")
+    names, inherited, here = (
+        {f.name for f in dataclasses.fields(kind)} for kind in (trl.DPOConfig, TrainingArguments, HDPOConfig)
+    )
+    assert names - inherited - here == INSTEAD.keys()
+
+
+def test_options_of_trl_are_taken_where_they_ask_for_nothing_and_refused_with_the_way_out(config, caplog, capsys):
+    config(precompute_ref_log_probs=True, padding_free=True, truncation_mode="keep_start", ld_alpha=None)
+    assert not caplog.records
+    with pytest.raises(ValueError, match="use_weighting=True of TRL's DPOConfig has no place here: it needs another"):
+        config(use_weighting=True)
+    with pytest.raises(ValueError, match=r"sync_ref_model=True .* start another run from this run's model"):
+        config(sync_ref_model=True)
+    assert "--activation-offloading, an option of TRL's: set gradient_checkpointing" in refused(
+        ["--activation-offloading", "True"], capsys
+    )
