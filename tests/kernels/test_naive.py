@@ -182,12 +182,12 @@ def test_pair_loss_by_token_weighs_mean_log_probs_by_the_pairs_mean_length():
 
 def test_pair_loss_refuses_alpha_by_token_for_ipo():
     options = {"alpha": 1.0, "beta": 0.1, "lengths": torch.ones(2), "alpha_level": "token"}
-    with pytest.raises(ValueError, match="'token' without 'ipo'"):
+    with pytest.raises(ValueError, match="'token' without ipo"):
         naive.pair_loss(torch.zeros(2), None, loss_type="ipo", **options)
 
 
 def test_pair_loss_refuses_an_unknown_loss_type():
-    with pytest.raises(ValueError, match="'sigmoid', 'hinge' or 'ipo', not 'dpop'"):
+    with pytest.raises(ValueError, match="one of sigmoid, hinge, ipo, .*; not 'dpop'"):
         naive.pair_loss(torch.zeros(2), None, alpha=1.0, beta=0.1, loss_type="dpop")
 
 
