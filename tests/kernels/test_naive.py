@@ -187,7 +187,7 @@ def test_pair_loss_refuses_alpha_by_token_for_ipo():
 
 
 def test_pair_loss_refuses_an_unknown_loss_type():
-    with pytest.raises(ValueError, match="one of sigmoid, hinge, ipo, .*; not 'dpop'"):
+    with pytest.raises(ValueError, match=r"one of sigmoid, hinge, ipo, .*; not 'dpop'"):
         naive.pair_loss(torch.zeros(2), None, alpha=1.0, beta=0.1, loss_type="dpop")
 
 
