@@ -129,11 +129,10 @@ class PairOptions:
     @property
     def way(self) -> str:
         """How the head computes it, in words."""
-        return {
-            ONE: "one pass, 3 GEMMs",
-            TWO: "one pass, 3 GEMMs; a pair longer than a chunk takes one more buffer of d_weight's size",
-            ALL: "log-probs of all pairs first, logits once more in backward: 4 GEMMs",
-        }[self.kind]
+        if self.kind == ALL:
+            return "log-probs of all pairs first, logits once more in backward: 4 GEMMs"
+        buffer = "; a pair longer than a chunk takes one more buffer of d_weight's size"
+        return "one pass, 3 GEMMs" + buffer * (self.kind == TWO or self.adds_likelihood)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -125,11 +125,12 @@ def is_right(problem: Problem, answer: str) -> bool:
 
 
 def long_pair(pairs: Sequence[Pairs], tokenizer: Any, tokens: int) -> tuple[str, Record]:
-    """One pair of real text, and what text: real records end to end, or the project's README without them.
+    """One pair of real text, and what text: real records end to end, or the project's documentation without them.
 
     The prompt has an eighth of the tokens, the chosen answer fills them up, the rejected one ends at four fifths.
     """
-    name, text = "README", (ROOT / "README.md").read_text(encoding="utf-8")
+    documents = (ROOT / "README.md", ROOT / "hdpo_kernels" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    name, text = "the documentation", "\n\n".join(path.read_text(encoding="utf-8") for path in documents)
     if len(pairs) > 1:
         name, records = pairs[-1].name, pairs[-1].records
         text = "\n\n".join(message["content"] for each in records for message in each["prompt"] + each["chosen"])
