@@ -42,12 +42,18 @@ def hdpo_loss(
     logit_scale: float = 1.0,
     inplace: bool = False,
 ) -> HDPOLoss:
-    """The same loss from logits (N, V) of any floating dtype; other arguments and result as in `linear_hdpo_loss`.
+    """The same loss from logits; other arguments and result are those of `linear_hdpo_loss`.
 
-    inplace: overwrite the logits with their gradient, so that no second (N, V) tensor exists. Allowed where nothing
-    else reads them: a leaf that requires grad is refused, and autograd raises if an earlier operation saved them.
+    Args:
+        logits: (N, V) of any floating dtype.
+        labels, cu_seqlens, ref_logps: as there.
+        loss_type: one of `pair.LOSS_TYPES`, or several.
+        inplace: overwrite the logits with their gradient, so that no second (N, V) tensor exists. Allowed where nothing
+            else reads them: a leaf that requires grad is refused, and autograd raises if an earlier operation saved
+                them.
 
-    Raises ValueError / TypeError for shapes, dtypes, devices, boundaries, labels or options that do not fit.
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices, boundaries, labels or options that do not fit.
     """
     HeadOptions(softcap, logit_scale)  # checks them
     pair_options = PairOptions(

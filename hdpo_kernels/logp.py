@@ -30,20 +30,27 @@ def linear_logp(
 ) -> TokenLogp:
     """log softmax(softcap · tanh(logit_scale · (h Wᵀ + b) / softcap)) at the label, and its entropy, per row.
 
-    hidden (N, H) and weight (V, H) of one dtype (fp32, bf16, fp16 or fp64; under autocast both are cast to its dtype),
-    labels (N,) int64 on hidden's device or the CPU, -100 = not scored, bias (V,). Labels on the CPU are checked against
-    the vocabulary, and rows not scored skip the head; elsewhere a label outside the vocabulary gives NaN.
-    gradient: "exact" recomputes logits in backward (4 GEMMs in all). "sampled" rounds each row of ∂logp/∂logits,
-    without bias, to at most 1/epsilon + 2 entries (README.md beside this file): 1 GEMM in all, and 8 · (1/epsilon + 2)
-    bytes a row kept for backward. Random numbers come from torch's generator: `torch.manual_seed` reproduces them.
-    epsilon: in (0, 0.5]; probabilities from it on are exact; smaller is less noise and more entries.
-    chunk_bytes: most bytes of logits and their gradient held at a time (on a CPU kept for the thread's next call).
+    Args:
+        hidden: (N, H) fp32, bf16, fp16 or fp64. Under autocast hidden and weight are cast to its dtype.
+        weight: (V, H) of the LM head, of hidden's dtype.
+        labels: (N,) int64, -100 = not scored, on hidden's device or the CPU. On the CPU they are checked, and rows that
+            are not scored skip the head; elsewhere a label outside the vocabulary gives NaN.
+        bias: (V,) of the LM head.
+        softcap: cap of the logits by tanh; None: no cap.
+        logit_scale: factor on the logits.
+        gradient: "exact" recomputes logits in backward (4 GEMMs in all). "sampled" rounds each row of ∂logp/∂logits,
+            without bias, to at most 1/epsilon + 2 entries (README.md beside this file): 1 GEMM in all, and
+            8 · (1/epsilon + 2) bytes a row kept for backward. `torch.manual_seed` reproduces its random numbers.
+        epsilon: of "sampled", in (0, 0.5]; probabilities from it on are exact; smaller is less noise and more entries.
+        chunk_bytes: most bytes of logits and their gradient held at a time (on a CPU kept for the thread's next call).
 
-    Returns TokenLogp(logp (N,), entropy (N,)), nats, fp32 (fp64 for fp64), zero where not scored. `logp` is
-    differentiable in hidden, weight and bias. `entropy` is not: a gradient into it raises NotImplementedError (detach
-    it, or use naive.linear_logp).
+    Returns:
+        TokenLogp(logp (N,), entropy (N,)), nats, fp32 (fp64 for fp64), zero where not scored. `logp` is differentiable
+        in hidden, weight and bias. `entropy` is not: a gradient into it raises NotImplementedError (detach it, or use
+        naive.linear_logp).
 
-    Raises ValueError / TypeError for shapes, dtypes, devices or options that do not fit.
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or options that do not fit.
     """
     options = HeadOptions(softcap, logit_scale, chunk_bytes)
     check_head(hidden, weight, labels, bias)

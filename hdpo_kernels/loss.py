@@ -67,34 +67,49 @@ def linear_hdpo_loss(
         ℓ_s = Σ_{t in s} log softmax(softcap · tanh(logit_scale · (h_t Wᵀ + b) / softcap))[y_t]
         z_p = β [(α ℓ_w − ρ_w) − (α ℓ_l − ρ_l)]            L = mean_p −log σ(z_p)
 
-    hidden (N, H), weight (V, H) of one dtype (fp32, bf16, fp16 or fp64; under autocast both are cast to its dtype);
-    labels (N,) int64, -100 = not scored, on hidden's device or the CPU (there they are checked, and rows not scored
-    skip the head; elsewhere a label outside the vocabulary makes the loss NaN); cu_seqlens (S + 1,) int, boundaries of
-    the sequences, chosen and rejected in turn, a list or a CPU tensor (a tensor on another device costs one sync);
-    ref_logps (S,) log-probabilities of the reference policy, nats, or None (zeros).
-    alpha < 1 sharpens, 1 is DPO, > 1 diversifies. alpha_level="token": it acts on log-probabilities per token, z_p has
-    α_s = 1 + (α − 1) n̄_p / n_s in α's place (n_s scored tokens of the sequence, n̄_p the mean of the pair's two).
-    beta, loss_type, label_smoothing, nll_weight, loss_weights, f_divergence_type, f_alpha_divergence_coef,
-    discopop_tau: see `pair_loss`. A loss of all pairs together ("aot", "aot_unpaired"), whose gradient is known when
-    the last pair is, computes logits twice: 4 GEMMs. So does a function of your own as loss_type: it is called with
-    α-weighted log-probabilities (S,), reference log-probabilities (S,) and lengths (S,), and returns the loss of each
-    pair (P,), or a mean (), differentiable in the first.
-    gradient: "exact", 3 GEMMs; or "sampled", 1 GEMM: rows of ∂loss/∂logits are rounded, without bias, to at most
-    1/epsilon + 2 entries, see `linear_logp`. epsilon in (0, 0.5]: smaller is less noise, more entries.
-    bias (V,). chunk_bytes: most bytes of logits and their gradient held at a time (on a CPU kept for the thread's next
-    call).
-    tp_group: ranks that each have a run of rows of weight (and bias), in the order of ranks, and the same hidden and
-    labels (numbers of the whole vocabulary). Every rank gets the loss, all of d_hidden, and d_weight of its own rows.
-    sp_group: ranks that each have some tokens of the same S sequences, cu_seqlens being this rank's (a sequence may
-    have none here), and all of weight. Every rank gets the loss, its d_hidden, and its tokens' part of d_weight, which
-    is to be summed over the group like the gradients of the rest of the model.
-    Under torch.compile pass cu_seqlens as a CPU tensor: a list is compiled into the graph.
+    N scored rows, H hidden size, V vocabulary, S = 2P sequences, chosen and rejected in turn. Exact gradients are
+    formed in forward where they are needed, and consumed by the first backward. A NaN or inf in the input comes out as
+    a NaN loss; a sequence without scored rows, or no pair at all, counts as zero.
 
-    Returns HDPOLoss(loss, logps, entropy, chosen_rewards, rejected_rewards, margins); only `loss` carries a gradient.
-    Exact gradients are formed in forward where they are needed and consumed by the first backward. A NaN or inf in the
-    input comes out as a NaN loss; a sequence without scored rows, or no pair at all, counts as zero.
+    Args:
+        hidden: (N, H) fp32, bf16, fp16 or fp64. Under autocast hidden and weight are cast to its dtype.
+        weight: (V, H) of the LM head, of hidden's dtype.
+        labels: (N,) int64, -100 = not scored, on hidden's device or the CPU. On the CPU they are checked, and rows that
+            are not scored skip the head; elsewhere a label outside the vocabulary makes the loss NaN.
+        cu_seqlens: (S + 1,) int, boundaries of the sequences in N; a list, or a tensor on the CPU (on another device it
+            costs one sync). Under torch.compile pass a CPU tensor: a list is compiled into the graph.
+        ref_logps: (S,) log-probabilities of the reference policy, nats; None: zeros.
+        alpha: weight of the policy's log-probabilities; < 1 sharpens, 1 is DPO, > 1 diversifies.
+        beta: strength of the pull to the reference.
+        loss_type: one of `pair.LOSS_TYPES` (equations: `objectives.py`), or several, whose sum is the loss; or a
+            function of α-weighted log-probabilities (S,), reference log-probabilities (S,) and lengths (S,),
+            differentiable in the first, which returns the loss of each pair (P,) or their mean (). A function, and the
+            losses of all pairs together ("aot", "aot_unpaired"), compute logits twice: 4 GEMMs.
+        label_smoothing: probability in [0, 0.5) that a preference label is flipped, for losses that have it.
+        nll_weight: adds that times the chosen sequences' mean negative log-likelihood per token.
+        alpha_level: "sequence", or "token": α acts on log-probabilities per token, z_p has α_s = 1 + (α − 1) n̄_p / n_s
+            in α's place (n_s scored tokens of the sequence, n̄_p the mean of the pair's two).
+        loss_weights: a weight for each of several losses; default: 1 each.
+        f_divergence_type, f_alpha_divergence_coef, discopop_tau: see `pair_loss`.
+        bias: (V,) of the LM head.
+        softcap: cap of the logits by tanh; None: no cap.
+        logit_scale: factor on the logits.
+        gradient: "exact", 3 GEMMs; or "sampled", 1 GEMM: rows of ∂loss/∂logits are rounded, without bias, to at most
+            1/epsilon + 2 entries (see `linear_logp`).
+        epsilon: of "sampled", in (0, 0.5]; smaller is less noise and more entries.
+        chunk_bytes: most bytes of logits and their gradient held at a time (on a CPU kept for the thread's next call).
+        tp_group: ranks that each have a run of rows of weight (and bias), in the order of ranks, and the same hidden
+            and labels (numbers of the whole vocabulary). Every rank gets the loss, all of d_hidden, and d_weight of its
+            rows.
+        sp_group: ranks that each have some tokens of the same S sequences, cu_seqlens being this rank's (a sequence may
+            have none here), and all of weight. Every rank gets the loss, its d_hidden, and its tokens' part of
+            d_weight, which is to be summed over the group like the gradients of the rest of the model.
 
-    Raises ValueError / TypeError for shapes, dtypes, devices, boundaries, labels or options that do not fit.
+    Returns:
+        HDPOLoss(loss, logps, entropy, chosen_rewards, rejected_rewards, margins); only `loss` carries a gradient.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices, boundaries, labels or options that do not fit.
     """
     head_options = HeadOptions(softcap, logit_scale, chunk_bytes)
     pair_options = PairOptions(

@@ -210,26 +210,35 @@ def pair_loss(
 ) -> HDPOLoss:
     """H-DPO (arXiv 2411.07595, eq. 9) and its relatives from sequence log-probabilities; differentiable in `logps`.
 
-    logps (S,), ref_logps (S,) or None (zeros): sums over tokens, nats, sequences interleaved chosen, rejected.
-    alpha: weight of the policy's log-probabilities; < 1 sharpens, 1 is DPO, > 1 diversifies. beta: strength of the
-    pull to the reference. loss_type: one of LOSS_TYPES (`objectives.py` has each equation with its source), or several,
-    whose sum, weighted by loss_weights (default: 1 each), is the loss. label_smoothing: probability of a flipped label,
-    for losses that have it. nll_weight: adds that times the chosen sequences' mean negative log-likelihood per token
-    (arXiv 2404.19733). f_divergence_type (arXiv 2309.16240): margins of h(v) in place of v = αℓ − ρ, with h(v) =
-    1 − exp(−v) for "forward_kl", log 2 + log σ(v) for "js_divergence", (exp((c − 1) v) − 1)/(c − 1) with c =
-    f_alpha_divergence_coef for "alpha_divergence". discopop_tau: temperature of "discopop".
-    lengths (S,): scored tokens of each sequence; required by "ipo", "sigmoid_norm", "sft", nll_weight and
-    alpha_level="token".
-    alpha_level: "sequence", the paper's; or "token", where α acts on log-probabilities per token, so that lengths that
-    differ make no margin: with n_s tokens (an empty sequence counts as one) and n̄ the mean of the pair's two,
+    Args:
+        logps: (S,) of the policy, sums over tokens, nats, sequences interleaved chosen, rejected.
+        ref_logps: (S,) of the reference; None: zeros.
+        alpha: weight of the policy's log-probabilities; < 1 sharpens, 1 is DPO, > 1 diversifies.
+        beta: strength of the pull to the reference.
+        loss_type: one of LOSS_TYPES (`objectives.py` has each equation with its source), or several, whose sum,
+            weighted by loss_weights, is the loss.
+        label_smoothing: probability in [0, 0.5) that a preference label is flipped, for losses that have it.
+        nll_weight: adds that times the chosen sequences' mean negative log-likelihood per token (arXiv 2404.19733).
+        lengths: (S,) scored tokens of each sequence; required by "ipo", "sigmoid_norm", "sft", nll_weight and
+            alpha_level="token". An empty sequence counts as one token.
+        alpha_level: "sequence", the paper's; or "token", where α acts on log-probabilities per token, so that lengths
+            that differ make no margin: with n_s tokens and n̄ the mean of the pair's two,
 
-        z = β[(ℓ_w − ρ_w) − (ℓ_l − ρ_l)] + (α − 1) β n̄ (ℓ_w / n_w − ℓ_l / n_l)
+                z = β[(ℓ_w − ρ_w) − (ℓ_l − ρ_l)] + (α − 1) β n̄ (ℓ_w / n_w − ℓ_l / n_l)
 
-    DPO at α = 1, and "sequence" where n_w = n_l. Rewards are β(α_s ℓ − ρ) with α_s = 1 + (α − 1) n̄ / n_s. "ipo" has
-    log-probabilities per token anyway, and refuses it.
+            DPO at α = 1, and "sequence" where n_w = n_l. Rewards are β(α_s ℓ − ρ) with α_s = 1 + (α − 1) n̄ / n_s.
+            Losses that have log-probabilities per token anyway ("ipo", "sigmoid_norm") refuse it.
+        loss_weights: a weight for each of several losses; default: 1 each.
+        f_divergence_type: margins of h(v) in place of v = αℓ − ρ (arXiv 2309.16240): "forward_kl" h(v) = 1 − exp(−v),
+            "js_divergence" log 2 + log σ(v), "alpha_divergence" (exp((c − 1) v) − 1)/(c − 1).
+        f_alpha_divergence_coef: c of "alpha_divergence".
+        discopop_tau: temperature of the loss "discopop".
 
-    Returns HDPOLoss with entropy None. Only `loss` carries a gradient.
-    Raises ValueError for options out of range, an odd number of sequences, or lengths missing where needed.
+    Returns:
+        HDPOLoss with entropy None. Only `loss` carries a gradient.
+
+    Raises:
+        ValueError: options out of range, an odd number of sequences, or lengths missing where needed.
     """
     options = PairOptions(
         alpha, beta, loss_type, label_smoothing, nll_weight, alpha_level,

@@ -13,10 +13,16 @@ from hdpo_kernels.rows import backend
 def sequence_sum(values: Tensor, cu_seqlens: Tensor | Sequence[int]) -> Tensor:
     """Sum of `values` over each sequence; differentiable.
 
-    values (N,) floating, one number a token; cu_seqlens (S + 1,) int, the boundaries 0 = b₀ ≤ b₁ … ≤ b_S = N, a list or
-    a tensor on the CPU (a tensor on another device costs one sync). Returns (S,) in fp32 (fp64 for fp64 values).
+    Args:
+        values: (N,) floating, one number a token.
+        cu_seqlens: (S + 1,) int, the boundaries 0 = b₀ ≤ b₁ … ≤ b_S = N; a list or a tensor on the CPU (a tensor on
+            another device costs one sync).
 
-    Raises ValueError if values is not one-dimensional or the boundaries do not cover it.
+    Returns:
+        (S,) in fp32 (fp64 for fp64 values).
+
+    Raises:
+        ValueError: values is not one-dimensional, or the boundaries do not cover it.
     """
     if values.dim() != 1 or not values.is_floating_point():
         raise ValueError(f"values must be a floating tensor of shape (N,), got {values.dtype} {tuple(values.shape)}")

@@ -54,22 +54,27 @@ class HDPOTrainer(ResumableTrainer):
 
     The constructor, data set columns and metric names are those of TRL's DPOTrainer.
 
-    model: an AutoModelForCausalLM, a peft model, or a name (local folder or hub id; loaded with
-        args.model_init_kwargs, in fp32 unless they say otherwise).
-    ref_model: the reference policy; default: the policy as it is now (for a peft_config: without the adapter). Its
-        log-probabilities of both data sets are computed here, once, and it is not kept.
-    args: HDPOConfig. train_dataset, eval_dataset (or a dict of them): columns prompt / chosen / rejected, standard or
-        conversational, or chosen / rejected with a common beginning; ref_chosen_logp / ref_rejected_logp, if both are
-        there, are taken as the reference. processing_class: the tokenizer (loaded by the model's name if not given).
-        peft_config: train an adapter. callbacks, optimizers: as in Trainer.
+    Args:
+        model: an AutoModelForCausalLM, a peft model, or a name (local folder or hub id; loaded with
+            args.model_init_kwargs, in fp32 unless they say otherwise).
+        ref_model: the reference policy; default: the policy as it is now (for a peft_config: without the adapter). Its
+            log-probabilities of both data sets are computed here, once, and it is not kept.
+        args: an HDPOConfig.
+        train_dataset: columns prompt / chosen / rejected, standard or conversational, or chosen / rejected with a
+            common beginning. If ref_chosen_logp and ref_rejected_logp are both there, they are taken as the reference.
+        eval_dataset: the same, or a dict of data sets by name.
+        processing_class: the tokenizer; default: loaded by the model's name.
+        peft_config: train an adapter.
+        callbacks, optimizers: as in transformers.Trainer.
 
     Metrics: rewards/chosen, rewards/rejected (α-weighted, β(αℓ − ρ)), rewards/accuracies, rewards/margins,
     rewards/initial_margins ((α − 1)β(ρ_w − ρ_l): the margin of an untrained policy; both with α_s = 1 + (α − 1) n̄/n_s
-    in α's place where alpha_level is "token"), logps/chosen, logps/rejected,
-    entropy, entropy/chosen, entropy/rejected (nats per completion token), num_tokens (of prompt and completion of all
-    sequences so far: the same number whatever the layout).
+    in α's place where alpha_level is "token"), logps/chosen, logps/rejected, entropy, entropy/chosen, entropy/rejected
+    (nats per completion token), num_tokens (of prompt and completion of all sequences so far: the same number whatever
+    the layout).
 
-    Raises ValueError for a head that cannot be represented, data that cannot be trained on, and options out of range.
+    Raises:
+        ValueError: a head that cannot be represented, data that cannot be trained on, options out of range.
     """
 
     args: HDPOConfig
