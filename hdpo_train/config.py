@@ -253,13 +253,13 @@ class HDPOConfig(TrainingArguments):
 
     @property
     def device(self) -> torch.device:
-        """That of this process. A rank on a CPU has no number: resuming loads to it, and torch knows no "cpu:0"."""
+        """The device of this process. A CPU has no number: resuming loads to it, and torch knows no "cpu:0"."""
         device = super().device
         return torch.device("cpu") if device.type == "cpu" else device
 
     @property
     def pair_options(self) -> PairOptions:
-        """Of a loss of the user's, those that do not depend on it."""
+        """Options of the loss; with a loss of the user's, those that do not depend on it."""
         options = {each.name: getattr(self, each.name) for each in fields(PairOptions)}
         return PairOptions(**{**options, **({"loss_type": "sigmoid"} if is_own_loss(self.loss_type) else {})})
 

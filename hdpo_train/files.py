@@ -8,7 +8,7 @@ from pathlib import Path
 def write_whole(path: Path, text: str) -> None:
     """Written beside its place and moved there: a reader, or a kill, finds the old text or the new one.
 
-    Raises OSError with the path, for a disk that takes no more.
+    Raises OSError, naming the path, if the disk is full.
     """
     partial = path.with_name(path.name + ".partial")
     try:

@@ -31,7 +31,7 @@ class StepLoss:
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """Of `hdpo_kernels.linear_hdpo_loss`."""
+        """Keyword arguments of `hdpo_kernels.linear_hdpo_loss`."""
         return {**asdict(self.pairs), **self.head, **({} if self.own is None else {"loss_type": self.own})}
 
     @property

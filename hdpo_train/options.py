@@ -157,7 +157,7 @@ class TrainingParser(Parser, HfArgumentParser):
 
 
 def parse_options(argv: Sequence[str], parser: TrainingParser | None = None) -> tuple[ScriptArguments, HDPOConfig]:
-    """Of the command line, whose first word may be the name of a YAML file.
+    """The options of a command line, whose first word may be the name of a YAML file.
 
     Raises UsageError for an option that does not exist or a value of another type, ValueError for one out of range.
     """

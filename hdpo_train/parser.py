@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class WideHelp(argparse.RawDescriptionHelpFormatter):
-    """A description as it is written, and texts of options beside long names."""
+    """Keeps a description as it is written, and puts texts of options beside long names."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34, width=118)

@@ -39,7 +39,7 @@ def check_dataloading(config: AcceleratorConfig, processes: int) -> None:
 
 
 def own_pairs(pairs: int, accelerator: Accelerator) -> int:
-    """How many of a batch's pairs do not only fill it up; the rank may have none, and must still take part.
+    """How many of a batch's pairs are not duplicates that fill it up. A rank may have none, and must still take part.
 
     To be called before the next batch is asked for.
     """

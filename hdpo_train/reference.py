@@ -33,7 +33,7 @@ from hdpo_train.ranks import as_in_training, gathered, shards
 
 logger = logging.get_logger(__name__)
 _FORMAT = "1"  # of the cache file
-# what of a config does not change log-probs: where it came from, and what other code sets on it on the way
+# config keys that do not affect log-probs
 _NOT_THE_FUNCTION = (
     "_name_or_path",
     "transformers_version",
@@ -165,7 +165,7 @@ def _checksum(logps: Tensor) -> str:
 
 
 def _write_or_warn(path: Path, key: str, logps: Tensor) -> None:
-    """They are computed: a disk that takes no more costs the cache, not the run."""
+    """A full disk only costs the cache: this run already has the values."""
     try:
         _write(path, key, logps)
     except (OSError, SafetensorError) as error:

@@ -72,7 +72,7 @@ class Tokenized:
 
 
 def vocabulary(models: list[PreTrainedModel]) -> int:
-    """Entries of the smallest head."""
+    """The number of entries of the smallest LM head."""
     return min(whole_shape(head_of(model).weight)[0] for model in models)
 
 
@@ -207,7 +207,7 @@ class Start:
 
     @contextlib.contextmanager
     def ready(self, model: nn.Module) -> Iterator[None]:
-        """For the calls below: the model whole and in training's precision, its mode and the random state restored."""
+        """Make a model ready for the calls below: whole, in training's precision. Restores mode and random state."""
         device = self.accelerator.device
         devices = [device] if device.type == "cuda" else []
         with (

@@ -158,7 +158,7 @@ class HDPOTrainer(ResumableTrainer):
             return find_layout([bare(each) for each in models], self.args.packing, self.args.shared_prompt, longest)
 
     def _add_reference_logps(self, policy: Any, reference: Any, *, new_adapter: bool) -> None:
-        """To both data sets. The reference is not kept."""
+        """Add the reference's log-probs to both data sets. The reference itself is not kept."""
         args = self.args
 
         def refer(dataset: Dataset, name: str) -> Dataset:
@@ -180,7 +180,7 @@ class HDPOTrainer(ResumableTrainer):
         self.eval_dataset = _map_datasets(self.eval_dataset, refer, "eval")
 
     def _add_callbacks(self) -> None:
-        """What sets alpha, what writes metrics.jsonl and report.png, and what ends a run at SIGTERM."""
+        """Add the callbacks that set alpha, write metrics.jsonl and report.png, and stop at SIGTERM."""
         args = self.args
         if self.train_dataset is not None:
             self.start = self._start()
@@ -194,7 +194,7 @@ class HDPOTrainer(ResumableTrainer):
             StopAtSigterm.instead_of_transformers(self)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """And, for a checkpoint between two log lines, what the next line is a mean of: each rank its own."""
+        """Save also, per rank, the sums since the last log line, so that the next line is right after resuming."""
         super()._save_rng_state(output_dir)
         if self._trained:
             since = {"sums": torch.stack(self._trained).cpu(), "loss": self._tr_loss.cpu()}
@@ -232,7 +232,7 @@ class HDPOTrainer(ResumableTrainer):
 
     @contextlib.contextmanager
     def _summing(self, sums: list[Tensor]) -> Iterator[list[Tensor]]:
-        """Batches whose loss is computed within are added to sums; what it interrupts goes on afterwards."""
+        """Add the metrics of batches whose loss is computed inside to `sums`; nested uses restore the outer one."""
         outer, self._sums = self._sums, sums
         try:
             yield sums
@@ -264,7 +264,7 @@ class HDPOTrainer(ResumableTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """Of `evaluate` and `predict`: its metrics, and its loss, are means over the pairs, whatever the batches."""
+        """The loop of `evaluate` and `predict`. Loss and metrics are means over the pairs, whatever the batches."""
         with self._summing([]) as sums:
             output: Any = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -284,7 +284,7 @@ class HDPOTrainer(ResumableTrainer):
         return [{**batch, "weight": share} for batch, share in zip(batches, shares, strict=True)], num_items
 
     def _without_repeats(self, batch: dict[str, Any]) -> tuple[dict[str, Any], int]:
-        """The batch without pairs that only fill it up, and how many are left; where none is, one stays in it."""
+        """The batch without accelerate's duplicated pairs, and how many are left; one stays so that the rank runs."""
         pairs = own = _num_pairs(batch)
         if not self.args.dataloader_drop_last:
             own = own_pairs(pairs, self.accelerator)
@@ -403,7 +403,7 @@ class HDPOTrainer(ResumableTrainer):
             logger.warning(f"{folder / CARD_FILE} is not of this trainer, and stays as it is: no model card is written")
 
     def _use_tiles(self, models: list[Any]) -> bool:
-        """Let MLPs and norms run in tiles, if that is asked for, or a step would not fit otherwise; whether they do."""
+        """Run MLPs and norms in tiles, if asked for or if a step would not fit otherwise. Returns whether they do."""
         args, wanted = self.args, self.args.tiled_layers
         if is_deepspeed_zero3_enabled():
             if wanted:
@@ -435,7 +435,7 @@ class HDPOTrainer(ResumableTrainer):
         tokenizer: Any = self.processing_class
 
         def probe(model: Any) -> tuple[float, int]:
-            """Of all ranks, each with prompts and random numbers of its own."""
+            """Sum of nats, and tokens, over all ranks, each with prompts and random numbers of its own."""
             with self.compute_loss_context_manager():
                 nats, tokens = own_entropy(model, tokenizer, prompts, longest, args.seed + rank)
             sums = self.accelerator.reduce(torch.tensor([nats, tokens], device=self.accelerator.device), "sum")

@@ -98,7 +98,7 @@ def load_data(script: ScriptArguments, args: HDPOConfig) -> tuple[Dataset, Datas
 
 
 def lora_config(script: ScriptArguments) -> Any:
-    """A LoraConfig of the options; what is not given is peft's for every linear layer."""
+    """The LoraConfig that the options describe. By default every linear layer gets an adapter."""
     options = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     return import_peft("--use_peft").LoraConfig(**{**options, **_given_lora(script)})
 

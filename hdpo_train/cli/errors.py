@@ -50,7 +50,7 @@ def run_command(name: str, command: Callable[[list[str]], object], argv: list[st
 
 
 def explanation(error: Exception) -> str | None:
-    """What to tell a user of an error that a user can cause; None: it is a bug."""
+    """What to tell a user of this error; None if no user can cause it, so that it is a bug."""
     text = str(error) or type(error).__name__
     if isinstance(error, ImportError):
         return _missing_package(error)
@@ -76,7 +76,7 @@ def _missing_package(error: ImportError) -> str | None:
 
 
 def _errors_of_libraries() -> tuple[type[Exception], ...]:
-    """Those for files and servers that are no ValueError and no OSError."""
+    """Errors that libraries raise for files and servers, beside ValueError and OSError."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError, StrictDataclassError  # of its HTTP library, whichever that is
     from jinja2 import TemplateError

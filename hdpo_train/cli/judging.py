@@ -116,7 +116,7 @@ def make_sampler(
 
 
 def samples_of(model_name_or_path: str, sampler: Sampler, options: argparse.Namespace) -> list[Sample]:
-    """Drawn, or read where none is missing; the model is gone afterwards, so that there is never more than one."""
+    """The sampler's samples. A model is loaded only if some are missing, and freed afterwards."""
     if not sampler.missing:
         return sampler.samples
     kwargs = {"dtype": options.dtype, "trust_remote_code": options.trust_remote_code}

@@ -122,7 +122,7 @@ def _pairs(
 
 
 def _sampling(options: argparse.Namespace) -> SamplingOptions:
-    """Raises ValueError for what leaves no two answers to a prompt."""
+    """Raises ValueError for options under which no prompt has two answers."""
     if not options.samples and options.num_samples < 2:
         raise ValueError(f"--num_samples must be at least 2, a right answer and a wrong one, got {options.num_samples}")
     if not options.temperature > 0:
@@ -138,7 +138,7 @@ def _sampling(options: argparse.Namespace) -> SamplingOptions:
 
 
 def _check_output(output: Path, summary_file: Path, settings: dict[str, Any]) -> None:
-    """Raises FileExistsError where the pairs that are there are not those of the same command."""
+    """Raises FileExistsError if the pairs in `output` were made by another command."""
     if not output.exists():
         return
     way_out = "choose another --output, or delete that file"
@@ -167,7 +167,7 @@ def _check_chats(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase
 
 
 def _record(problem: Problem, pair: Pair) -> dict[str, Any]:
-    """What hdpo-train trains on: strings, or messages where the prompt is messages."""
+    """The record that hdpo-train trains on: strings, or messages if the prompt is messages."""
     answers = {"chosen": pair.chosen, "rejected": pair.rejected}
     if isinstance(problem.prompt, str):
         return {"prompt": problem.prompt, **answers}

@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
 
 
 def _check_pairs(model: str, pairs: str, training: Sequence[str]) -> None:
-    """Raises what the first run would raise of the pairs: before the model is evaluated, which can take long."""
+    """Raise what the first run would raise for these pairs, before the model is evaluated, which can take long."""
     script, args = parse_options([*training, *words({"model_name_or_path": model, "dataset_name": pairs})])
     tokenizer = load_tokenizer(model, trust_remote_code=script.trust_remote_code)
     for name, records in zip(("train", "eval"), load_data(script, args), strict=True):

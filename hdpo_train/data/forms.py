@@ -28,7 +28,7 @@ class BadRecord(Exception):
 
 
 def as_written(value: Any, feature: Any) -> Any:
-    """A value of a data set without what Arrow has put into it: the keys, as None, that only other records have.
+    """A value of a data set without the keys that Arrow has added, as None, because other records have them.
 
     A null that was written on purpose cannot be told from those, and goes with them, unless the feature is Json. Items
     of a list, and columns, stay as they are; so does the content of a message, which calls of tools have as null.
@@ -87,7 +87,7 @@ def _no_prompt(record: dict[str, Any]) -> BadRecord:
 
 
 def _shared_length(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Length of what a and b both begin with, at most so much that something is left of each."""
+    """Length of the common beginning of a and b; something is always left of each."""
     limit = max(min(len(a), len(b)) - 1, 0)
     return next((i for i in range(limit) if a[i] != b[i]), limit)
 
@@ -197,7 +197,7 @@ def _text(message: Message) -> str:
 
 
 def _repeated(prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> int:
-    """How many messages the prompt ends with, and chosen and rejected begin with."""
+    """How many messages are both at the prompt's end and at the beginning of chosen and rejected."""
     for length in range(len(prompt), 0, -1):
         if chosen[:length] == rejected[:length] == prompt[-length:]:
             return length

@@ -170,7 +170,7 @@ def _read(files: list[Path]) -> Dataset:
 
 
 def _digest(files: list[Path]) -> str:
-    """Of contents, not of names and times: a file may be written again within a tick of its clock."""
+    """Digest of files' contents, not of names and times: a file may be rewritten within a tick of its clock."""
     digest = hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode())
     for path in files:
         each = hashlib.sha256()

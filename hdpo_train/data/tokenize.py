@@ -76,9 +76,9 @@ def tokenize_pairs(
         tokenizer: of the model to train.
         max_length: tokens of prompt + completion; what is beyond is cut from the end of the completion.
         max_prompt_length: tokens of the prompt; what is beyond is cut from its start, after a leading BOS.
-        on_bad_record: "stop" raises if there is a bad record, "drop" leaves bad ones out with a warning. Bad are: a
-            value that is missing or of another type; an empty completion or prompt; chosen equal to rejected; a pair
-            of which `max_length` leaves no completion or no difference; no prompt column and no common beginning;
+        on_bad_record: "stop" raises if there is a bad record, "drop" leaves them out with a warning. Bad is a record
+            with a value that is missing or of another type; an empty completion or prompt; chosen equal to rejected; a
+            pair of which `max_length` leaves no completion or no difference; no prompt column and no common beginning;
             messages that have parts other than text, that the chat template refuses or leaves out, or whose prompt it
             writes differently inside the conversation.
         num_proc: processes to tokenize with.
@@ -150,7 +150,7 @@ def tokenize_pairs(
 
 @contextlib.contextmanager
 def killed_workers_named(option: str, processes: int | None) -> Iterator[None]:
-    """Raise ChildProcessError, with the way out, where a process of this option's was killed."""
+    """Raise ChildProcessError, naming this option, if one of its processes was killed."""
     try:
         yield
     except RuntimeError as error:  # of datasets and torch; neither has a type of its own
@@ -356,7 +356,7 @@ def pair_tokens(dataset: Dataset, layout: Layout) -> list[int]:
 
 
 class Examples:
-    """What a batch was made of; no list, in which frameworks would look for tensors."""
+    """The records of a batch. It is no list, because frameworks would look for tensors in one."""
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         self.rows = rows

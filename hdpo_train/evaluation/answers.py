@@ -170,7 +170,7 @@ def final_number(text: str) -> Fraction | None:
 
 
 def _said(phrase: str, *, strict: bool = False) -> Fraction | None:
-    """The last side of its equations that is one number. strict: and nothing else, but for a unit."""
+    """The last side of an equation in the text that is one number. strict: it is nothing else, but for a unit."""
     if re.search(r"\bor\b|±", phrase):
         return None
     for side in reversed(re.split("[=≈]", phrase)):

@@ -41,7 +41,7 @@ class Judged:
 
 
 def judge_samples(problems: Sequence[Problem], checker: Checker, samples: Sequence[Sample], name: str) -> Judged:
-    """Judge what of the samples pairs can be made of. name: what to call them in the progress bar.
+    """Judge those samples that pairs can be made of. name: what to call them in the progress bar.
 
     An answer that was cut at max_new_tokens is left out: in training it would get an end that its model did not write.
     So are an empty one, one that was there before, and one that the checker cannot judge.

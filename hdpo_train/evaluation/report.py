@@ -116,7 +116,7 @@ def _by_temperature(evaluation: Evaluation) -> list[Scores]:
 
 
 def _distinct(scores: Scores, n: int) -> Estimate | None:
-    """Of one sample it would say how often that repeats itself, which is another matter."""
+    """distinct-n, but not of a single sample: there it would only say how often that sample repeats itself."""
     return scores.distinct_n.get(n) if scores.num_samples > 1 else None
 
 

@@ -168,7 +168,7 @@ class Sampler:
 def answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], options: SamplingOptions
 ) -> list[list[str]]:
-    """Of every prompt its samples' texts."""
+    """For every prompt, the texts of its samples."""
     samples = Sampler([Problem(prompt, {}) for prompt in prompts], tokenizer, options, entropy=False).run(model)
     texts: list[list[str]] = [[] for _ in prompts]
     for sample in samples:
@@ -224,7 +224,7 @@ def _contains(tokens: list[int], stop: tuple[str, ...], decode: Callable[[list[i
 
 
 def _up_to_stop(tokens: list[int], stop: tuple[str, ...], decode: Callable[[list[int]], str]) -> list[int]:
-    """With the token that completes the first stop string, counted as an end token is; all if there is none."""
+    """The tokens up to the one that completes the first stop string, which counts as an end token does; else all."""
     if not stop or not _contains(tokens, stop, decode):
         return tokens
     shorter = range(1, len(tokens))

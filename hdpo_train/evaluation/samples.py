@@ -159,7 +159,7 @@ def digest(value: Any) -> str:
 
 
 def _generated(record: dict[str, Any]) -> dict[str, Any]:
-    """What a line of a `SamplesFile` says of its completion beside the text."""
+    """The fields of a line of a `SamplesFile`, other than the text of its completion."""
     kinds = {"num_tokens": int | None, "entropy": int | float | None, "ended": bool | None}
     for key, kind in kinds.items():
         value = record.get(key)
@@ -170,7 +170,7 @@ def _generated(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ready_made(record: dict[str, Any], places: dict[str, list[int]], num: int) -> tuple[int, float, list[str]]:
-    """Which prompt, temperature, completions of a line."""
+    """Prompt, temperature and completions that a line of ready-made samples holds."""
     if not isinstance(record, dict) or "prompt" not in record or ("completion" in record) == ("completions" in record):
         raise ValueError('a line needs "prompt", and either "completion" or "completions"')
     prompt, temperature = record["prompt"], record.get("temperature", 1.0)

@@ -126,7 +126,7 @@ class Sandbox:
 
 
 def ends_with_this_process() -> tuple[str, ...]:
-    """The command before a command that kills it when this process ends, however that ends; none without setpriv.
+    """A prefix for a command, so that it is killed when this process ends in any way; empty without setpriv.
 
     The kernel tells of a parent that dies later; that one died before, the shell sees.
     """
@@ -149,7 +149,7 @@ _HIDE_PROCESSES = "--mount-proc"
 
 @functools.cache
 def _namespaces() -> tuple[str, ...]:
-    """The command before a command that gives it no network, and ends all it started when it ends."""
+    """A prefix for a command, so that it has no network, and everything it started ends with it."""
     unshare = shutil.which("unshare")
     out = "On a machine without secrets, allow_network=True (--allow_network) runs programs without this protection."
     if unshare is None:
@@ -169,7 +169,7 @@ def _namespaces() -> tuple[str, ...]:
 
 
 def _runner() -> None:
-    """What the new process does. Only the source of this function gets there."""
+    """The program of the new process, which gets nothing but the source of this function."""
     import os
     import resource
     import sys

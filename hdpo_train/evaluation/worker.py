@@ -131,7 +131,7 @@ def _ending(process: "subprocess.Popen[bytes] | None") -> str:
 
 
 def _serve() -> None:
-    """What the process does. Only the source of this function gets there."""
+    """The program of the process, which gets nothing but the source of this function."""
     import importlib
     import importlib.util
     import json

@@ -71,7 +71,7 @@ def attends_by_documents(config: Any) -> bool:
 
 
 def attend_by_documents(config: Any, wanted: bool = True) -> None:
-    """Let a model of this config run the functions here, or its own again."""
+    """Make a model of this config use the attention functions here, or its own again."""
     config._attn_implementation_internal = _base(config) + _SUFFIX * wanted
 
 
@@ -165,7 +165,7 @@ def _causal_eager(function: Function, window: int | None, query: Tensor, key: Te
 def _blocks(
     query: Tensor, key: Tensor, value: Tensor, window: int, block: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Queries, keys and values that any of them sees, and which sees which, (1, 1, queries, keys)."""
+    """Blocks of queries, the keys and values that any of them sees, and a mask (1, 1, queries, keys)."""
     length, device = query.shape[2], query.device
     count = -(-length // block)
     keys, values = _Sum(count), _Sum(count)
@@ -177,7 +177,7 @@ def _blocks(
 
 
 class _Sum:
-    """Of the gradients of so many parts of one tensor."""
+    """The sum of the gradients of a known number of parts of one tensor."""
 
     def __init__(self, parts: int) -> None:
         self.parts = self.missing = parts

@@ -37,7 +37,7 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
 
 
 def files_fingerprint(model_name_or_path: str) -> str:
-    """The same for a model that need not be loaded: SHA-256 over its files here, or a hub id's commit."""
+    """The fingerprint of a model that is not loaded: SHA-256 over its files here, or a hub id's commit."""
     name, gguf = where_from(model_name_or_path)
     folder = Path(name)
     if gguf and folder.is_dir():

@@ -68,7 +68,7 @@ def entropies(
     completions: Sequence[list[int]],
     temperature: float,
 ) -> Iterator[float]:
-    """Of every completion, the sum over its tokens of the entropy, nats, of the distribution they were drawn from.
+    """For every completion, the sum over its tokens of the entropy, in nats, of the distribution they were drawn from.
 
     softmax(logits / T), exact, from one forward of the backbone and without logits: with softcap c and scale s,
     logits / T = c / T · tanh(s / T · x / (c / T)). Logits are fp32, where a bf16 model's generate rounds them first.
@@ -119,7 +119,7 @@ def positions(model: PreTrainedModel) -> int | None:
 
 @contextmanager
 def drawing(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout; mode and torch's random state are restored."""
+    """Let the model draw without dropout; its mode and torch's random state are restored."""
     devices = [model.device] if model.device.type == "cuda" else []
     with evaluating(model), torch.random.fork_rng(devices=devices):
         yield
@@ -148,6 +148,6 @@ def own_distribution(
 
 
 def _up_to_the_end(tokens: list[int], ends: set[int]) -> list[int]:
-    """With the first token that ends the text; the rest is padding."""
+    """The tokens up to and with the first that ends the text; the rest is padding."""
     stop = next((i for i, token in enumerate(tokens, 1) if token in ends), len(tokens))
     return tokens[:stop]

@@ -131,7 +131,7 @@ def head_of(model: PreTrainedModel) -> nn.Linear:
 
 
 def whole_shape(weight: Tensor) -> torch.Size:
-    """Of a weight that ZeRO-3 may have cut into shards."""
+    """The shape of a weight before ZeRO-3 cut it into shards."""
     return getattr(weight, "ds_shape", weight.shape)
 
 

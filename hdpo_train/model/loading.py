@@ -136,7 +136,7 @@ def where_from(name: str) -> tuple[str, dict[str, Any]]:
 
 @contextmanager
 def reading(what: str, name: str, way_out: str = "") -> Iterator[None]:
-    """Makes a ValueError that names the folder of whatever a library raises for files that it cannot make a model of.
+    """Turn whatever a library raises for files that it cannot load into a ValueError that names the folder.
 
     Damaged files, and files of something else, end in errors of every type: of JSON, of safetensors, of tokenizers, of
     a config's checks, of attributes that torch has not.
@@ -354,7 +354,7 @@ def backbone_of(model: PreTrainedModel) -> Any:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; its mode is restored."""
+    """Put the model into evaluation mode, and restore its mode afterwards."""
     training = model.training
     model.eval()
     try:

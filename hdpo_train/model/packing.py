@@ -182,7 +182,7 @@ def use_layout(model: PreTrainedModel, layout: Layout) -> None:
 def find_layout(
     models: list[PreTrainedModel], packing: bool | None = None, shared_prompt: bool | None = None, longest: int = 0
 ) -> Layout:
-    """The layout to train the first model with, which the others (its reference) run too; None is: where it works.
+    """The layout for the first model, which the others (its reference) must run too. None: wherever it works.
 
     Whether an attention keeps packed sequences apart is found by a probe of twenty tokens. If one does not, batches are
     padded, with a warning that says why.
@@ -269,7 +269,7 @@ def _probe(
 
 
 def _windows_by_name(model: PreTrainedModel) -> dict[str, int]:
-    """Options of the config that may be windows of attention: by their names, so that some are something else."""
+    """Config options whose names suggest windows of attention; some may be something else."""
     values = vars(model.config.get_text_config())
     return {name: value for name, value in values.items() if type(value) is int and value > 3 and _WINDOW.search(name)}
 

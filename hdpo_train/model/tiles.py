@@ -92,7 +92,7 @@ def tile_sequences(model: nn.Module) -> None:
 
 
 class _Whole(Exception):
-    """What a layer gets or gives cannot be divided into that of its sequences."""
+    """An input or output of a layer cannot be divided by sequences."""
 
 
 @dataclass
@@ -105,7 +105,7 @@ class _Piece:
 
 
 class _BySequences:
-    """In place of a layer's checkpoint function: a checkpoint for each piece."""
+    """Replaces a layer's checkpoint function: it makes a checkpoint for each piece."""
 
     def __init__(self, own: Callable[..., Any]) -> None:
         self.own = own
@@ -183,7 +183,7 @@ def _divide(rows: int, tokens: int, documents: list[tuple[int, ...]]) -> tuple[l
 
 
 def _split(value: Any, shape: tuple[int, ...], sizes: list[int]) -> list[Any]:
-    """What of an argument belongs to each segment, or to each group of rows."""
+    """The parts of an argument that belong to each segment, or to each group of rows."""
     if isinstance(value, tuple) and value:
         return list(zip(*(_split(each, shape, sizes) for each in value), strict=True))
     if isinstance(value, Tensor) and value.shape[: len(shape)] == shape:

@@ -26,7 +26,7 @@ Builder = Callable[[ScriptArguments], Build]
 
 
 class Option(NamedTuple):
-    """What could be changed, in words of the command line."""
+    """A change of options, in words of the command line."""
 
     words: str
     script: ScriptArguments
@@ -96,7 +96,7 @@ def _pair(length: int, args: PlanConfig) -> tuple[int, int, int]:
 def longest(
     memory: Callable[[int], Memory], budget: float, least: int, extrapolate: bool = False
 ) -> tuple[int, Memory]:
-    """The longest length, a multiple of 128, whose memory is within the budget; 0 if that of the shortest is not.
+    """The longest length, a multiple of 128, whose memory is within the budget; 0 if none is.
 
     Args:
         memory: of a length, which takes seconds.

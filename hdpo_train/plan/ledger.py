@@ -39,11 +39,11 @@ class Ledger(TorchDispatchMode):
         self._alive: dict[int, tuple[Any, str, int]] = {}  # a storage's id -> weak reference, kind, bytes
 
     def mark(self, name: Any) -> None:
-        """Another segment begins with the next operation: what a caller drops until then is dropped before it."""
+        """Begin another segment with the next operation; what is freed until then belongs to the one before."""
         self._next = name
 
     def close(self) -> None:
-        """The last segment ends."""
+        """End the last segment."""
         if self._open is not None:
             self._open.end = self.now.copy()
         self._open = self._next = None
@@ -55,7 +55,7 @@ class Ledger(TorchDispatchMode):
         self._most = on_device(self.now)
 
     def own(self, tensors: Iterable[Tensor | None], kind: str) -> None:
-        """Say of what kind these tensors' memory is."""
+        """Book these tensors' memory as of a kind."""
         for tensor in tensors:
             if tensor is not None:
                 self._book(tensor, kind)

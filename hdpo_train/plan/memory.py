@@ -43,7 +43,7 @@ class MicroBatch(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes of one process, alive when most of them are.
+    """Bytes of one process at the peak of a step.
 
     device: by kind. activations: what forward leaves for backward. head: what the loss at the LM head makes, logits
         and the gradient of its weight. other: what passes, within backward and the optimizer's step.
@@ -91,7 +91,7 @@ def step_memory(model: nn.Module, args: HDPOConfig, batch: MicroBatch, tiles: bo
 
 
 class _GroupedProducts(TorchDispatchMode):
-    """Those of experts, whose operator knows the results' shapes for bf16 alone."""
+    """Run products of experts in bf16 on fake tensors, the only dtype for which torch knows the shape of the result."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.ops.aten._grouped_mm.default:
@@ -111,7 +111,7 @@ def _fake_copy(model: nn.Module) -> nn.Module:
 
 
 def _optimizer_step(model: nn.Module, args: HDPOConfig, ledger: Ledger) -> None:
-    """Of the whole model, as it is in a run's second step; gradients are left where micro-batches find some."""
+    """Step the optimizer of the whole model as in a run's second step. Gradients stay if micro-batches add to them."""
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)
@@ -260,7 +260,7 @@ def _replay(segments: dict[Any, Segment], order: list[int], start: Counter[str])
 
 
 def prepare(model: Any, args: HDPOConfig, layout: Layout, ledger: Ledger | None = None, tiles: bool = False) -> None:
-    """As the trainer does it. With a ledger, what would be offloaded is written there, and takes no memory."""
+    """Prepare the model as the trainer does. With a ledger, offloaded activations are only booked there."""
     if args.gradient_checkpointing:
         options: dict[str, Any] = dict(args.gradient_checkpointing_kwargs or {})  # type: ignore[arg-type]
         layers, offload = options.pop("every_n_layers", 1), options.pop("offload", False)
@@ -281,7 +281,7 @@ def prepare(model: Any, args: HDPOConfig, layout: Layout, ledger: Ledger | None 
 
 
 def _offload_nowhere(model: nn.Module, ledger: Ledger) -> None:
-    """What checkpointed layers save for their recomputation is noted, forgotten, and made anew when it is wanted."""
+    """Book what checkpointed layers save for recomputation, drop it, and make it anew when it is needed."""
 
     def forget(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
         ledger.add(HOST, tensor.nbytes)

@@ -26,7 +26,7 @@ _FULL = 0.9  # of the memory that is there, as an allocator cannot use all of it
 def wants_tiles(
     model: nn.Module, args: HDPOConfig, layout: Layout, lengths: list[tuple[int, int, int]], sharded: int = 1
 ) -> bool:
-    """Whether a step would not fit without tiles, and takes less with them; says so. Nothing that fails here is raised.
+    """Whether a step would not fit without tiles, and takes less with them; it says so. Never raises.
 
     Args:
         model: the policy, whole, on any device.
@@ -67,7 +67,7 @@ def largest(lengths: list[tuple[int, int, int]], args: HDPOConfig, layout: Layou
 
 
 def room(model: nn.Module, args: HDPOConfig) -> int | None:
-    """Bytes for this process, what the model has of them already included; None: of this device it is not known."""
+    """Bytes that this process may use, with those the model has already; None if the device does not tell."""
     device = args.device
     own = sum(p.nbytes for p in model.parameters() if p.device.type == device.type)
     if device.type == "cuda":
@@ -78,7 +78,7 @@ def room(model: nn.Module, args: HDPOConfig) -> int | None:
 
 
 def bound(model: nn.Module, args: HDPOConfig, batch: MicroBatch) -> float:
-    """Bytes that a step surely does not take."""
+    """An upper bound of the bytes that a step takes."""
     config, head = bare(model).config.get_text_config(), head_of(bare(model)).weight
     width, depth = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or 4 * width

@@ -128,7 +128,7 @@ def by_kind(memory: Memory) -> list[str]:
 
 
 def free_bytes(args: HDPOConfig) -> int | None:
-    """Of the GPU, now; None: the run has none, or it is not here."""
+    """Free bytes of the GPU now; None if the run has none, or it is not here."""
     return torch.cuda.mem_get_info()[0] if args.device.type == "cuda" and torch.cuda.is_available() else None
 
 
@@ -142,7 +142,7 @@ def describe_time(time: StepTime, tokens: int) -> str:
 
 
 def step_time(config: Any, args: HDPOConfig, batch: MicroBatch, build: Build) -> StepTime:
-    """A shallow model's time, and for every further layer what one adds to it, turn by turn of the timing."""
+    """The time of a shallow model, plus what one layer adds to it for every further layer, taken in the same turn."""
     depth = config.get_text_config().num_hidden_layers
     timed = (depth,) if depth <= _LAYERS[1] else _LAYERS
     if args.device.type == "cuda" and not torch.cuda.is_available():
@@ -183,7 +183,7 @@ def _with_layers(config: Any, layers: int) -> Any:
 
 
 def _time(models: list[Any], args: HDPOConfig, batch: MicroBatch) -> list[list[float]]:
-    """Seconds of each model's steps; the models take turns, so that a machine's mood is the same for all."""
+    """Seconds of each model's steps. The models take turns, so that a slow moment of the machine meets all of them."""
     for model in models:
         prepare(model.to(args.device), args, batch.layout)
     optimizers = [make_optimizer(model, args) for model in models]

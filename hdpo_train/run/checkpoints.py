@@ -101,11 +101,11 @@ class WholeCheckpoints(Trainer):
             del model.should_save_on_this_rank
 
     def _add_to_checkpoint(self, folder: Path) -> None:
-        """What belongs into a checkpoint beside transformers' own files."""
+        """Add what a checkpoint needs beside transformers' own files."""
         self.state.save_to_json(str(folder / "trainer_state.json"))  # again: it names the best checkpoint
 
     def _name_best(self, run_dir: str) -> None:
-        """In the state: the best checkpoint by the name it is going to have."""
+        """Let the trainer's state name the best checkpoint as it will be called once it is written."""
         if not self.state.best_global_step:
             return
         best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
@@ -175,7 +175,7 @@ def move_in(partial: Path, folder: Path) -> None:
 
 
 def _remove_shards(folder: Path) -> None:
-    """The files that an index names; without their index, which goes first, they are no model."""
+    """Remove the files that an index names. The index goes first: without it they are no model."""
     index, aside = folder / f"model{_INDEX}", folder / f"_{_REPLACED}{_INDEX}"
     if index.exists() and not aside.exists():  # else the one that was killed here before goes on
         os.replace(index, aside)
@@ -200,7 +200,7 @@ def rotate(run_dir: Path, step: int, limit: int | None, best_step: int | None) -
 
 
 def remove_leftovers(output_dir: str) -> None:
-    """What a run that was killed while it wrote, or deleted, a checkpoint has left."""
+    """Remove what is left of a run that was killed while it wrote or deleted a checkpoint."""
     trash = Path(output_dir) / PARTIAL_DIR
     if not trash.is_dir():
         return
@@ -214,7 +214,7 @@ def remove_leftovers(output_dir: str) -> None:
 
 
 def refused_write(error: BaseException) -> str | None:
-    """In words, if this is a disk that takes no more; None for any other error."""
+    """The reason, if this error means that the disk is full or fails; None for any other error."""
     numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
     if isinstance(error, OSError) and error.errno in numbers:
         return os.strerror(error.errno)

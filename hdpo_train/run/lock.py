@@ -32,7 +32,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def lock(folder: str | Path, file: str = "") -> None:
-    """Take the folder for this process, until `unlock` or the end of the process; again: nothing happens.
+    """Take the folder for this process until `unlock` or its end. Taking it twice does nothing.
 
     file: take this one of its files only, and leave the others, and the folder, to other processes.
 

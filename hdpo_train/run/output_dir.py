@@ -42,7 +42,7 @@ def refuse_base_model(output_dir: str, names: Iterable[str | None]) -> None:
 
 
 def refuse_other_run(output_dir: str, overwrite: bool) -> list[Path]:
-    """What of other runs is in the folder: files that runs write, no others.
+    """The files of other runs in the folder: those that runs write, no others.
 
     FileExistsError if there is any, unless it is to be overwritten or of a run without a checkpoint; always if no run
     of this trainer has left it.
@@ -84,7 +84,7 @@ def claim_output_dir(output_dir: str, overwrite: bool) -> None:
 
 
 class Sight(NamedTuple):
-    """The checkpoints that a rank can see: of those that are whole what they were written with, else what is wrong."""
+    """The checkpoints that a rank can see: for a whole one its options, for another what is wrong with it."""
 
     whole: Mapping[int, str]
     problems: Mapping[int, str]
@@ -126,7 +126,7 @@ def agree(output_dir: str, sights: Sequence[Sight]) -> tuple[str | None, list[st
 
 
 def refuse_broken(output_dir: str, checkpoint: str, problems: Sequence[str | None]) -> None:
-    """ValueError if a checkpoint is not whole for every rank; problems: of each rank."""
+    """Raise ValueError if a checkpoint is not whole for every rank. problems: what each rank finds."""
     told = [
         problem if len(problems) == 1 else f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem
     ]

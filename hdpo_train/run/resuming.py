@@ -122,7 +122,7 @@ class ResumableTrainer(WholeCheckpoints):
 
     @contextlib.contextmanager
     def _says_how_to_go_on(self) -> Iterator[None]:
-        """What ends a run frees its folder."""
+        """Whatever ends the run frees its folder, and says how to resume."""
         output_dir = str(self.args.output_dir)
         try:
             yield
@@ -152,13 +152,13 @@ class ResumableTrainer(WholeCheckpoints):
             remove_leftovers(str(self.args.output_dir))
 
     def _claim(self, output_dir: str, checkpoint: str | None) -> None:
-        """A folder that holds a run is for resuming that run alone."""
+        """Take the folder for this run; one that holds another run is refused."""
         goes_on = checkpoint is not None and Path(checkpoint).resolve().parent == Path(output_dir).resolve()
         if self.args.should_save and not goes_on:
             claim_output_dir(output_dir, self.args.overwrite_output_dir)  # type: ignore[attr-defined]
 
     def _started_with(self) -> dict[str, Any]:
-        """Of the first call: later ones find weights that have been trained."""
+        """What the run was started with, taken at the first call: later calls find trained weights."""
         if self._options is None:
             evaluations = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
             named = {"train": self.train_dataset, **evaluations}.items()
@@ -231,7 +231,7 @@ class ResumableTrainer(WholeCheckpoints):
         self._schedule_by_options([group.get("initial_lr") for group in fresh])
 
     def _schedule_by_options(self, rates: list[Any]) -> None:
-        """The learning rate that the options say, where the schedule stands: not the one that the checkpoint holds."""
+        """Use the options' learning rate at this point of the schedule, not the one in the checkpoint."""
         scheduler: Any = self.lr_scheduler
         if not isinstance(scheduler, LambdaLR):
             return
@@ -245,7 +245,7 @@ class ResumableTrainer(WholeCheckpoints):
 
 @contextlib.contextmanager
 def taken_output_dir(args: Any, names: list[str | None]) -> Iterator[None]:
-    """The folder is this process's for a while; refused at the door, before models are loaded, is what `train` refuses.
+    """Hold the folder, and refuse what `train` would refuse, before any model is loaded.
 
     args: HDPOConfig. names: of the models that the run starts from.
     """

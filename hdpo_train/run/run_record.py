@@ -41,7 +41,7 @@ LENGTH = (
 def options_of(
     args: TrainingArguments, model: nn.Module, tokenizer: Any, datasets: Mapping[str, Dataset], optimizer: Any = None
 ) -> dict[str, Any]:
-    """Name -> value of all that results depend on. datasets: tokenized. optimizer: the user's own, if any."""
+    """Everything that results depend on, by name. datasets: tokenized. optimizer: the user's own, if any."""
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)} | set(_OF_SPEED)
     own = [field.name for field in dataclasses.fields(args) if field.name not in inherited]
     options = {name: getattr(args, name) for name in (*_TRAINING, *own)}
@@ -56,7 +56,7 @@ def options_of(
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Of the weights that training starts from, without adapters, whose first values are random."""
+    """A digest of the weights that training starts from, without adapters, whose first values are random."""
     adapter = getattr(getattr(model, "base_model", None), "prefix", None) if hasattr(model, "peft_config") else None
     sha = hashlib.sha256()
     hash_weights(sha, model, without=adapter)
@@ -77,7 +77,7 @@ def write_record(folder: Path, options: dict[str, Any], ended: int | None = None
 
 
 def read_options(folder: Path) -> dict[str, Any]:
-    """Empty if it has none that can be read: nothing to compare with."""
+    """The options that the folder's run was started with; empty if none can be read."""
     return _read(folder).get("options") or {}
 
 
@@ -97,7 +97,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _adapter(model: Any) -> dict[str, Any]:
-    """r, lora_alpha and the like of the adapter that is trained."""
+    """The options of the adapter that is trained, such as r and lora_alpha."""
     if not hasattr(model, "peft_config"):
         return {}
     config = model.peft_config[model.active_adapters[0]].to_dict()

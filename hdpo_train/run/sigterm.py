@@ -28,7 +28,7 @@ class StopAtSigterm(TrainerCallback):
 
     @classmethod
     def instead_of_transformers(cls, trainer: Trainer) -> "StopAtSigterm":
-        """To be added last: what another callback does for a checkpoint of schedule is not done for this one."""
+        """Replace transformers' callback. This one comes last, so that no other adds work to its checkpoint."""
         theirs: Any = trainer.pop_callback(JITCheckpointCallback)
         signal.signal(signal.SIGTERM, theirs.jit_manager._original_sigterm_handler or signal.SIG_DFL)
         stop = cls(trainer.accelerator)

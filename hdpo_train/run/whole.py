@@ -65,7 +65,7 @@ def shards_of(index: Path) -> list[Path]:
 
 
 def checkpoint_problem(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
-    """What keeps a rank of so many from resuming from this folder, or None. Weights themselves are not read."""
+    """Why a rank, of so many, cannot resume from this folder; None if it can. Weights themselves are not read."""
     if not folder.is_dir():
         return "no such folder"
     return next(_problems(folder, rank, ranks), None)
@@ -133,7 +133,7 @@ def _problems_of_deepspeed(folder: Path) -> Iterator[str]:
 
 
 def _problems_of_random_numbers(folder: Path, found: set[str], rank: int, ranks: int) -> Iterator[str]:
-    """Of another number of ranks there is nothing to take over: that is a change of options, not damage."""
+    """What is wrong with random states. With another number of ranks there are none to restore: no damage."""
     saved_by = read_options(folder).get("processes", 1 if found == {"rng_state.pth"} else len(found))
     needed = "rng_state.pth" if ranks == 1 else f"rng_state_{rank}.pth"
     if not found or (saved_by == ranks and needed not in found):
@@ -141,7 +141,7 @@ def _problems_of_random_numbers(folder: Path, found: set[str], rank: int, ranks:
 
 
 def has_finite_weights(folder: Path) -> bool:
-    """Whether every number of the safetensors there is finite; reads all of them."""
+    """Whether every number in the folder's safetensors is finite. Reads all of them."""
     for path in folder.rglob("*.safetensors"):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict

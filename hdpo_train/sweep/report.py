@@ -60,7 +60,7 @@ class Metric(NamedTuple):
 
 
 def metrics(sweep: Sweep) -> dict[str, Metric]:
-    """Those that were measured everywhere, by name."""
+    """The metrics that were measured on every model, by name."""
     example = sweep.runs[1.0][0].sampled[1.0]
     found = [
         Metric("greedy accuracy", " %", 1, lambda e, _: None if e.greedy is None else 100 * e.greedy.accuracy.value),
@@ -221,7 +221,7 @@ def figures_table(sweep: Sweep, names: Sequence[str] = ()) -> str:
 
 
 def differences_table(sweep: Sweep) -> str:
-    """α by metric, less α = 1."""
+    """The difference to α = 1, for each α and metric."""
     found = metrics(sweep).values()
     differences = {metric.name: against_dpo(sweep, metric) for metric in found}
     lines = [
@@ -273,7 +273,7 @@ def frontier_table(sweep: Sweep) -> str:
 
 
 def conclusions(sweep: Sweep) -> list[str]:
-    """Sentences that the figures decide."""
+    """What the figures say, in sentences."""
     found = metrics(sweep)
     if sweep.seeds < 2:
         return ["One seed shows no difference that another might not turn around: --seeds 3 or more for conclusions."]

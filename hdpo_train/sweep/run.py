@@ -66,10 +66,10 @@ class Source(Protocol):
     def checker(self) -> Checker: ...
 
     def settings(self) -> dict[str, Any]:
-        """Option -> value: what a sweep that is gone on with must have in common."""
+        """Options by name that must be the same when a sweep is resumed."""
 
     def base(self, folder: Path, seed: int) -> Base:
-        """Made in the folder if it is not there yet."""
+        """What the seed's runs start from; it is made in the folder if it is not there yet."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ class _Job:
         return self.plan.evaluation.temperatures if self.alpha == 1 else (1.0,)
 
     def evaluation(self) -> Evaluation:
-        """The finished one. Raises ValueError for a file that is damaged."""
+        """The evaluation, once it is finished. Raises ValueError for a damaged file."""
         path = self.folder / EVALUATION_FILE
         evaluation = Evaluation.load(path)
         if {0.0, *evaluation.sampled} != {0.0, *self.temperatures} or evaluation.greedy is None:

@@ -26,7 +26,7 @@ class Trend(NamedTuple):
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Of the mean of at least two values, one a seed."""
+    """The confidence interval of the mean of at least two values, one a seed."""
     mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
     t = mean / error if error else math.copysign(math.inf, mean) if mean else 0.0
     return Interval(mean, critical_t(len(values) - 1, level) * error, t)
