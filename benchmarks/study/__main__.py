@@ -1,6 +1,7 @@
 """What does α do? The claims of H-DPO (arXiv 2411.07595), put to the test on tasks that a program can check.
 
     python -m benchmarks.study             on the CPU: the quickstart's task, five seeds
+    python -m benchmarks.study --real      on the CPU: a pretrained model, short instructions; its settings: real.py
     python -m benchmarks.study --larger    on a CUDA GPU: a Llama of 28M parameters, arithmetic in words
 
 Every seed has its own SFT model, pairs and held-out prompts, and every α of a seed starts from these: seeds are blocks,
@@ -26,7 +27,8 @@ import torch
 from transformers.utils import logging
 
 from benchmarks.harness import use_one_device
-from benchmarks.study import arithmetic
+from benchmarks.real import data
+from benchmarks.study import arithmetic, real, real_report
 from benchmarks.table import commit, device_name, installed
 from hdpo_train import quickstart
 from hdpo_train.evaluation.evaluate import EvalOptions
@@ -160,25 +162,63 @@ def _verdict(difference: Interval | None, metric: Metric) -> str:
     return f"{figures}: {verdict(difference, 'holds', 'the opposite')}"
 
 
+def study_real(seeds: Sequence[int], work: Path, out: Path, model: Path, settings: real.Settings) -> None:
+    """The runs of these seeds that are not there yet (without seeds: none), and the report of all that are."""
+    study = real.Study(model, work, settings)
+    study.run(seeds)
+    rows = study.rows()
+    out.mkdir(parents=True, exist_ok=True)
+    real.write_rows(rows, out / "real.csv")
+    about = f"{device_name('cpu')}, torch {installed('torch')}; commit {commit()}, {date.today()}; again: "
+    real_report.draw(rows, settings.epochs, out / "real.png")
+    text = real_report.markdown(rows, settings, about + "`python -m benchmarks.study --real`.", "real.png")
+    (out / "real.md").write_text(text + "\n", encoding="utf-8")
+    print(f"\n{text}\n\nWritten: {', '.join(str(out / f'real.{end}') for end in ('md', 'png', 'csv'))}")
+
+
 def main(argv: list[str] | None = None) -> None:
     use_one_device()
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--larger", action="store_true", help="the larger study; needs a CUDA GPU")
+    parser.add_argument("--real", action="store_true", help="the study on a pretrained model; needs the extra real")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="*",
+        choices=real.SEEDS,
+        metavar="SEED",
+        help="with --real: run these seeds only (default: all; none given: report what is there)",
+    )
     parser.add_argument(
         "--quick", action="store_true", help="2 seeds, a tiny model, few steps: does it run? Needs --out"
     )
     parser.add_argument("--out", type=Path, help=f"folder of the results (default: {FOLDER})")
-    parser.add_argument("--work", type=Path, help="folder of models and samples, kept (default: a temporary one)")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        help="folder of models and samples, kept (default: a temporary one, --real: .real/study)",
+    )
     options = parser.parse_args(argv)
-    if options.quick and (options.out is None or options.larger):
-        parser.error("--quick needs --out, for its figures mean nothing, and is not for --larger")
+    if options.quick and (options.out is None or options.larger or options.real):
+        parser.error("--quick needs --out, for its figures mean nothing, and is not for --larger or --real")
+    if options.real and options.larger:
+        parser.error("--real and --larger are two studies: give one of them")
+    if options.seeds is not None and not options.real:
+        parser.error("--seeds is for --real")
+    if options.real and (reason := data.missing()):
+        parser.error(f"--real: {reason}")
     if options.larger and not torch.cuda.is_available():
         parser.error("--larger needs a CUDA GPU, and there is none here; without it the study runs on the CPU")
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if options.real:
+        seeds = real.SEEDS if options.seeds is None else options.seeds
+        work = options.work or data.CACHE / "study"
+        study_real(seeds, work, options.out or FOLDER, data.model_folder(), real.Settings())
+        return
     name, device = ("larger", "cuda") if options.larger else ("study", "cpu")
     with tempfile.TemporaryDirectory() as folder:
         work = options.work or Path(folder) / "sweep"

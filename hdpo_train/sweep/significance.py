@@ -1,4 +1,4 @@
-"""What a few seeds can show: Student's t intervals, paired differences, Page's trend test. Exact, in plain Python."""
+"""What a few seeds can show: Student's t intervals, paired differences, Holm's correction, Page's trend test."""
 
 import functools
 import math
@@ -44,6 +44,24 @@ def critical_t(degrees: int, level: float) -> float:
         angle = (low + high) / 2
         low, high = (angle, high) if _probability(angle, degrees) < level else (low, angle)
     return math.sqrt(degrees) * math.tan(low)
+
+
+def p_value(t: float, degrees: int) -> float:
+    """Two-sided: P(|T| >= |t|) for Student's T with so many degrees of freedom."""
+    return 1 - _probability(math.atan(abs(t) / math.sqrt(degrees)), degrees)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted for the family that they are: those <= a level are significant with the family's error at most that.
+
+    The k-th smallest of m (from 0) times m − k, and never below a smaller one's. S. Holm, "A simple sequentially
+    rejective multiple test procedure", Scand. J. Stat. 6 (1979).
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
 
 
 def _probability(angle: float, degrees: int) -> float:

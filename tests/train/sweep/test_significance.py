@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from hdpo_train.sweep.significance import Interval, critical_t, interval, page_trend, paired
+from hdpo_train.sweep.significance import Interval, critical_t, holm, interval, p_value, page_trend, paired
 
 
 @pytest.mark.parametrize(
@@ -91,3 +91,13 @@ def test_page_trend_finds_a_trend_and_not_its_opposite():
 def test_page_trend_refuses_what_has_no_order(blocks):
     with pytest.raises(ValueError, match="blocks of one length"):
         page_trend(blocks)
+
+
+def test_holm_adjusts_as_in_a_case_worked_out_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.9]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_p_value_is_what_the_critical_value_leaves():
+    for degrees in (1, 2, 3, 4, 9):
+        assert p_value(-critical_t(degrees, 0.95), degrees) == pytest.approx(0.05)
