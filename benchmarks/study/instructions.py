@@ -4,7 +4,8 @@ prompt   "Write one short sentence about winter that contains the word "river"."
 answer   "The river froze early this winter."
 
 Training and evaluation have kinds of constraints of their own, so that what is measured is following instructions and
-not one of them. Every prompt has many right answers.
+not one of them. Every prompt has many right answers. Left out are kinds that leave SmolLM2-135M-Instruct nothing to
+learn from: of 32 samples each, none was right in small or capital letters, and one with two given words.
 """
 
 import itertools
@@ -50,26 +51,17 @@ def _contains(sentence: str, word: str) -> bool:
 TRAINING_KINDS = {
     "keyword": Kind('contains the word "{}"', WORDS, _contains),
     "length": Kind("has at most {} words", (6, 7, 8), lambda said, most: len(_words(said)) <= most),
-    "count": Kind(
-        "contains exactly {}", ("one comma", "two commas"), lambda s, n: s.count(",") == 1 + (n[:3] == "two")
-    ),
-    "case": Kind("is written in {} letters only", ("capital", "upper case"), lambda said, _: said == said.upper()),
-    "ending": Kind(
-        "ends with {}", ("an exclamation mark", "a question mark"), lambda s, end: s[-1] == "!?"["qu" in end]
-    ),
+    "count": Kind("contains exactly {}", ("one comma", "two commas"), lambda s, n: s.count(",") == 1 + ("two" in n)),
+    "ending": Kind("ends with {}", ("an exclamation mark", "a question mark"), lambda s, e: s[-1] == "!?"["qu" in e]),
 }
 EVALUATION_KINDS = {
     "start": Kind('begins with the word "{}"', WORDS, lambda said, word: _words(said.lower())[:1] == [word]),
-    "exact length": Kind("has exactly {} words", (6, 7, 8, 9), lambda said, words: len(_words(said)) == words),
-    "two keywords": Kind(
-        'contains the words "{0[0]}" and "{0[1]}"',
-        tuple(zip(WORDS, WORDS[7:] + WORDS[:7], strict=True)),
-        lambda said, words: all(_contains(said, word) for word in words),
+    "at least": Kind("has at least {} words", (6, 7, 8), lambda said, least: len(_words(said)) >= least),
+    "without letter": Kind('does not contain the letter "{}"', "jkvw", lambda s, letter: letter not in s.lower()),
+    "without word": Kind(
+        'does not contain the word "{}"', ("the", "and", "is", "of"), lambda s, w: not _contains(s, w)
     ),
-    "small letters": Kind(
-        "is written in {} letters only", ("small", "lower case"), lambda said, _: said == said.lower()
-    ),
-    "without": Kind('does not contain the letter "{}"', "uwyk", lambda said, letter: letter not in said.lower()),
+    "no comma": Kind("does not contain {}", ("a comma", "any comma"), lambda said, _: "," not in said),
 }
 KINDS = TRAINING_KINDS | EVALUATION_KINDS
 

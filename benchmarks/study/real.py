@@ -38,12 +38,12 @@ BEFORE = "before training"
 
 @dataclass(frozen=True)
 class Settings:
-    pair_prompts: int = 80
+    pair_prompts: int = 100
     pair_samples: int = 8
-    held_out: int = 40
+    held_out: int = 30
     samples: int = 4
-    batch: int = 4  # pairs of a step
-    learning_rate: float = 1e-5
+    batch: int = 8  # pairs of a step
+    learning_rate: float = 2e-5
     beta: float = 0.1
     epochs: int = 3
     max_new_tokens: int = task.MAX_NEW_TOKENS

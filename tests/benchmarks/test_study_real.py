@@ -25,14 +25,13 @@ TINY = Settings(pair_prompts=5, pair_samples=4, held_out=5, samples=2, max_new_t
         ("length", 6, "The river froze early this year.", "The cold river froze early this year."),
         ("count", "two commas", "Rain, snow, ice and wind.", "Rain, snow and ice came."),
         ("count", "one comma", "Rain, snow and ice came.", "Rain, snow, ice and wind."),
-        ("case", "capital", "THE RIVER FROZE EARLY!", "The river froze early!"),
         ("ending", "a question mark", "Did the river freeze?", "The river froze early!"),
         ("ending", "an exclamation mark", "The river froze early!", "Did the river freeze?"),
         ("start", "never", "Never swim in winter.", "You never swim here."),
-        ("exact length", 6, "The river froze early this year.", "The river froze this year."),
-        ("two keywords", ("cold", "river"), "A river can be cold.", "A river can be warm."),
-        ("small letters", "small", '"the river froze early."', "The river froze early."),
-        ("without", "w", "Rivers freeze early here.", "Winter came early here."),
+        ("at least", 6, "The river froze early this year.", "The river froze this year."),
+        ("without letter", "w", '"Rivers freeze early here."', "Winter came early here."),
+        ("without word", "the", "Rivers froze early there.", "The river froze early."),
+        ("no comma", "a comma", "Rain and snow came.", "Rain, snow and ice came."),
     ],
 )
 def test_constraints_hold_for_what_they_say(kind, value, right, wrong):
@@ -48,7 +47,7 @@ def test_prompts_are_different_and_have_kinds_of_their_own():
     texts = [problem.prompt[0]["content"] for problems in drawn for problem in problems]
     assert len(set(texts)) == 104 and texts[0].startswith("Write one short sentence about ")
     kinds = [{problem.record["kind"] for problem in problems} for problems in drawn]
-    assert len(kinds[0]) == len(kinds[1]) == 5 and not kinds[0] & kinds[1]
+    assert [len(each) for each in kinds] == [4, 5] and not kinds[0] & kinds[1]
 
 
 def row(condition, epoch, seed, entropy, accuracy, temperature=1.0):
