@@ -132,7 +132,7 @@ class Study:
             def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 epoch, last = round(state.epoch), study.settings.epochs
                 if epoch in (1, last) or condition == DPO:
-                    study.sampled_from.load_state_dict(trainer.model.state_dict())
+                    study.sampled_from.load_state_dict(model.state_dict())
                     temperatures = TEMPERATURES if condition == DPO and epoch == last else ()
                     about = {"margin": trainer.start["initial_margin"], "pairs": len(records)}
                     found.extend(study._evaluate(condition, seed, epoch, temperatures, about))
