@@ -141,6 +141,7 @@ def linear_hdpo_loss(
             chunk_bytes=chunk_bytes,
         )
         if callable(loss_type):
+            pair_options.check_own_loss()
             if sp_name is not None:
                 raise ValueError("with sp_group a loss_type that is a function of your own is not supported")
             return own_loss(token, labels, cu_seqlens, ref_logps, pair_options, loss_type)
@@ -222,22 +223,24 @@ def _one_pass(
         rows = rows._replace(lengths=sp.sum(scored_lengths(rows, slice(0, 2 * num_pairs))))
     a = gathering = head.stats[0]  # those of sequences, where a pair is cut
     k: Tensor | None = None
-    if in_parts and rows.lengths is not None:
+    # only fp16 is too short of exponents for a coefficient
+    unit = options.gradient_unit(bounds) if head.hidden.dtype == torch.float16 else 1.0
+    if in_parts and rows.lengths is not None and apart:
+        gathering = torch.full_like(rows.lengths, 1 / unit)
+    elif in_parts and rows.lengths is not None:
         a, k = pair.sequence_coefficients(num_pairs, rows.lengths, options)
         gathering = a
-        if (k is not None or apart) and options.alpha_level == "token":
+        if k is not None and options.alpha_level == "token":
             # the chosen's gathered sum is divided by its coefficient, which must not be zero then
             by_sequence, _ = pair.sequence_coefficients(
                 num_pairs, rows.lengths, replace(options, alpha_level="sequence")
             )
             gathering = torch.stack([by_sequence[0::2], a[1::2]], 1).flatten()
-    # only fp16 is too short of exponents for a coefficient
-    unit = options.gradient_unit(bounds) if head.hidden.dtype == torch.float16 else 1.0
 
     for first, last, pieces in chunks:
         gathered: list[WeightGrad] = []  # of a pair in several pieces: Σ a_s g_tᵀ h_t, while its loss is not known yet
         if d_weight.wanted and len(pieces) > 1:
-            if d_weight.empty and (apart or k is None):
+            if d_weight.empty and k is None:
                 gathered.append(d_weight)  # nothing else is in it yet: the first long pair needs a buffer less
             while len(gathered) < 1 + apart:
                 number = len(gathered) - (d_weight in gathered)
@@ -253,7 +256,7 @@ def _one_pass(
             if gathered:
                 into = gathered[(sequence - 2 * first) if apart else 0]
                 into.add(head, grad, start, end, gathering[sequence].expand(end - start), unit)
-                if k is not None and not apart and (sequence, end) == (2 * first, bounds[2 * first + 1]):
+                if k is not None and (sequence, end) == (2 * first, bounds[2 * first + 1]):
                     # the chosen sequence is complete, and the likelihood's share of it known
                     d_weight.fold(into, k[sequence] / gathering[sequence])
                     if gathering is not a:

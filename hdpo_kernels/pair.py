@@ -18,7 +18,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -51,6 +51,8 @@ class PairOptions:
     discopop_tau: float = 0.05
 
     def __post_init__(self) -> None:
+        if callable(self.loss_type):
+            raise ValueError("a loss_type that is a function needs log-probs of every token: use linear_hdpo_loss")
         if not isinstance(self.loss_type, str):  # in one form, which can be compared and remembered
             names = tuple(self.loss_type)
             object.__setattr__(self, "loss_type", names[0] if len(names) == 1 else names)
@@ -76,12 +78,29 @@ class PairOptions:
             raise ValueError(
                 f"f_divergence_type must be one of {', '.join(DIVERGENCES)}; got {self.f_divergence_type!r}"
             )
+        if not math.isfinite(self.f_alpha_divergence_coef):
+            raise ValueError(f"f_alpha_divergence_coef must be a finite number, got {self.f_alpha_divergence_coef}")
+        if "discopop" not in self.names:
+            self._refuse(["discopop_tau"], "without loss_type='discopop'")
+        if self.f_divergence_type != "alpha_divergence":
+            self._refuse(["f_alpha_divergence_coef"], "without f_divergence_type='alpha_divergence'")
         others = [name for name in self.names if OBJECTIVES[name].of not in (ONE, NONE)]
         if self.f_divergence_type != "reverse_kl" and others:
             raise ValueError(
                 f"f_divergence_type={self.f_divergence_type!r} is defined for losses of a margin, and {others[0]} is "
                 "none: leave it out"
             )
+
+    def _refuse(self, names: Sequence[str], where: str) -> None:
+        for name in names:
+            if (value := getattr(self, name)) != getattr(PairOptions, name):
+                raise ValueError(f"{name}={value!r} has no effect {where}: leave it out")
+
+    def check_own_loss(self) -> None:
+        """Raises ValueError for options that a loss_type which is a function of the user's does not see."""
+        seen = ("alpha", "beta", "loss_type", "alpha_level")
+        unseen = [each.name for each in fields(self) if each.name not in seen]
+        self._refuse(unseen, "on a loss_type that is a function of your own")
 
     def _check_losses(self) -> None:
         names = self.names
@@ -149,10 +168,7 @@ class PairOptions:
 
     @classmethod
     def from_numbers(cls, numbers: list[float]) -> "PairOptions":
-        alpha, beta, smoothing, nll_weight, level, divergence, coef, tau, *losses = numbers
-        names = tuple(LOSS_TYPES[int(index)] for index in losses[0::2])
-        level, divergence = ALPHA_LEVELS[int(level)], DIVERGENCES[int(divergence)]  # type: ignore[assignment]
-        return cls(alpha, beta, names, smoothing, nll_weight, level, tuple(losses[1::2]), divergence, coef, tau)  # type: ignore[arg-type]
+        return _from_numbers(tuple(numbers))
 
     @property
     def needs_lengths(self) -> bool:
@@ -169,7 +185,28 @@ class PairOptions:
             lengths = torch.tensor([float(end - start) for start, end in itertools.pairwise(bounds)], device="cpu")
             size = max(size, float(torch.as_tensor(_alphas(lengths, self)).abs().max()) / 64)
         size *= (self.beta if any(loss.beta for loss, _ in self.losses) else 1.0) / max(len(bounds) // 2, 1)
+        if self.kind == TWO:
+            size *= self._slope_at_zero()
         return 2.0 ** -round(math.log2(size))
+
+    def _slope_at_zero(self) -> float:
+        """The largest derivative of a loss at rewards of zero, at least 1: sppo_hard's is 1/β²."""
+        largest, zero = 1.0, torch.zeros((), device="cpu")
+        for loss, weight in self.losses:
+            if loss.f is not None:
+                _, *slopes = loss.f(*[zero] * (1 if loss.of == ONE else 2), self)
+                largest = max(largest, *(weight * abs(float(slope)) for slope in slopes))
+        return largest
+
+
+@functools.lru_cache(maxsize=64)
+def _from_numbers(numbers: tuple[float, ...]) -> PairOptions:
+    alpha, beta, smoothing, nll_weight, level, divergence, coef, tau, *losses = numbers
+    names = tuple(LOSS_TYPES[int(index)] for index in losses[0::2])
+    return PairOptions(
+        alpha, beta, names, smoothing, nll_weight, ALPHA_LEVELS[int(level)],
+        tuple(losses[1::2]), DIVERGENCES[int(divergence)], coef, tau,
+    )  # fmt: skip
 
 
 @functools.lru_cache

@@ -29,6 +29,7 @@ def head_workspace_bytes(
     *,
     nll_weight: float = 0.0,
     loss_type: str | Sequence[str] = "sigmoid",
+    f_divergence_type: str = "reverse_kl",
     gradient: str = "exact",
     chunk_bytes: int | None = None,
     device: torch.device | None = None,
@@ -38,7 +39,7 @@ def head_workspace_bytes(
     Args:
         hidden, weight: (N, H) and (V, H), of which shapes, dtypes and requires_grad are read, so that they may be on
             "meta". All N rows are taken to be scored. Under autocast as there.
-        cu_seqlens, nll_weight, loss_type, gradient, chunk_bytes: as in `linear_hdpo_loss`.
+        cu_seqlens, nll_weight, loss_type, f_divergence_type, gradient, chunk_bytes: as in `linear_hdpo_loss`.
         device: where the call would run; default: where hidden is.
     """
     device, dtype = hidden.device if device is None else device, compute_dtype(hidden)
@@ -64,6 +65,6 @@ def head_workspace_bytes(
     if d_weight and long:  # more buffers for d_weight, see `plan_chunks`
         names = loss_type if isinstance(loss_type, str) else tuple(loss_type)
         likelihood = nll_weight > 0 or any(loss.of == NONE for loss, _ in losses_of(names, None))
-        more = 1 + (long > 1) if kind_of(names) == TWO else int(long > 1 or likelihood)
+        more = 1 + (long > 1) if kind_of(names, None, f_divergence_type) == TWO else int(long > 1 or likelihood)
         passing += more * vocab * hidden_size * full_precision(dtype).itemsize
     return Workspace(buffers, passing) if on_cpu else Workspace(0, buffers + passing)

@@ -21,6 +21,10 @@ class StepLoss:
     head: Mapping[str, Any]  # gradient, epsilon, chunk_bytes
     own: LossFunction | None = None  # in place of pairs.loss_type
 
+    def __post_init__(self) -> None:
+        if self.own is not None:
+            self.pairs.check_own_loss()
+
     @property
     def alpha(self) -> float:
         return self.pairs.alpha

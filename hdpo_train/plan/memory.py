@@ -224,6 +224,7 @@ def _count_the_head(model: nn.Module, args: HDPOConfig, ledger: Ledger) -> list[
             cu_seqlens=pairs.cu_seqlens,
             nll_weight=args.nll_weight,
             loss_type=args.pair_options.loss_type,
+            f_divergence_type=args.f_divergence_type,
             gradient=args.gradient,
             chunk_bytes=args.chunk_bytes,
             device=args.device,

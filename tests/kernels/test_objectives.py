@@ -45,6 +45,10 @@ def test_extreme_log_probs_stay_finite_where_the_loss_is(name):
         torch.testing.assert_close(grad.double(), torch.autograd.grad(expected, truth)[0], rtol=1e-3, atol=1e-6)
 
 
+def squared(policy, reference, lengths):
+    return (policy - reference).view(-1, 2).diff(dim=1).squeeze(1) ** 2 / lengths[0::2].clamp(min=1)
+
+
 MIXES = {
     "a mix": {"loss_type": ["sigmoid", "apo_zero", "sft"], "loss_weights": [1.0, 0.5, 0.2], "beta": 0.2},
     "one number": {"loss_type": ["sigmoid", "hinge", "sft"], "loss_weights": [1.0, 0.5, 0.2], "beta": 0.2},
@@ -92,9 +96,6 @@ def test_what_a_loss_costs(name, gemms):
 
 
 def test_a_function_of_ones_own_is_a_loss():
-    def squared(policy, reference, lengths):
-        return (policy - reference).view(-1, 2).diff(dim=1).squeeze(1) ** 2 / lengths[0::2].clamp(min=1)
-
     inputs = zipf_inputs(LENGTHS, V, H, masked=0.15, dtype=torch.float64)
     options = {"alpha": 0.8, "beta": 0.3}
     actual = run(linear_hdpo_loss, inputs, loss_type=squared, **options)
@@ -122,11 +123,39 @@ def test_a_function_of_ones_own_is_a_loss():
         ({"f_divergence_type": "kl"}, "f_divergence_type must be one of reverse_kl, forward_kl"),
         ({"loss_type": "aot", "f_divergence_type": "forward_kl"}, "losses of a margin, and aot is none"),
         ({"discopop_tau": 0.0}, "discopop_tau must be a positive number, got 0.0"),
+        ({"discopop_tau": 0.1}, "discopop_tau=0.1 has no effect without loss_type='discopop'"),
+        ({"f_alpha_divergence_coef": 0.7}, "f_alpha_divergence_coef=0.7 has no effect without f_divergence_type"),
+        ({"f_alpha_divergence_coef": float("nan")}, "f_alpha_divergence_coef must be a finite number, got nan"),
+        ({"loss_type": squared}, "a loss_type that is a function needs log-probs of every token: use linear_hdpo_loss"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         PairOptions(1.0, 0.1, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"label_smoothing": 0.1}, {"nll_weight": 1.0}, {"loss_weights": [2.0]}, {"f_divergence_type": "forward_kl"}],
+    ids=str,
+)
+def test_options_that_a_function_of_ones_own_does_not_see_are_refused(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}=.* has no effect on a loss_type that is a function"):
+        linear_hdpo_loss(*zipf_inputs(LENGTHS, V, H)[:5], loss_type=squared, **options)
+
+
+def test_a_weight_of_zero_that_alpha_by_token_gives_a_sequence_is_no_nan():
+    inputs = zipf_inputs([60, 20, 30, 30], V, H, dtype=torch.float64)  # alpha_s of the second: 0.5 + (0.5 - 1) * 40/40
+    options = options_of("apo_zero", alpha=0.5, alpha_level="token")
+    expected = run(naive.linear_hdpo_loss, inputs, **options)
+    assert_same(run(linear_hdpo_loss, inputs, **options, chunk_bytes=ROWS * V * 8), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [ROWS, None], ids=["parts of long pairs", "whole pairs"])
+def test_steep_losses_do_not_overflow_in_fp16(rows):
+    inputs = zipf_inputs([6, 20, 30, 30], V, H, dtype=torch.float16)
+    options = {"loss_type": "sppo_hard", "beta": 0.005, "alpha": 1.0}  # its slope in rewards is 1/β²
+    check_loss(inputs, **options, chunk_bytes=rows and chunk_bytes(rows, inputs))
 
 
 def test_a_loss_of_all_pairs_is_one_of_all_pairs_alone():

@@ -40,6 +40,8 @@ def measured(call) -> int:
         ([2500, 1500], {}),
         ([900, 700, 800, 600], {}),  # two pairs in pieces: a second d_weight
         ([2500, 1500], {"nll_weight": 0.5}),
+        ([2500, 1500], {"loss_type": "apo_zero"}),
+        ([900, 700, 800, 600], {"f_divergence_type": "js_divergence"}),
         ([300, 200], {"chunk_bytes": 2**21}),
         ([2500, 1500], {"gradient": "sampled", "epsilon": 0.01}),
     ],

@@ -62,6 +62,12 @@ def test_several_losses_are_named_and_summed(folder, capsys):
     assert first["loss"] > 0.7 + 0.5  # of a random model the likelihood alone is more than a nat per token
 
 
+def test_an_option_that_a_loss_of_ones_own_does_not_see_is_refused_at_the_door(folder, capsys):
+    given = [*OPTIONS.split(), "--loss_type", "own.py:logistic", "--label_smoothing", "0.1"]
+    message = "label_smoothing=0.1 has no effect on a loss_type that is a function of your own: leave it out"
+    assert message in " ".join(refused(given, capsys).split())
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
