@@ -82,7 +82,8 @@ class Study:
 
     def __init__(self, model: Path, work: Path, settings: Settings) -> None:
         self.model, self.settings = str(model), settings
-        self.folder = work / digest([asdict(settings), self.model, TEMPERATURES])
+        asked = [kind.says for kind in task.KINDS.values()]
+        self.folder = work / digest([asdict(settings), model.name, TEMPERATURES, asked])
         self.tokenizer: Any = load_tokenizer(self.model)
         self.sampled_from: Any = load_model(self.model, {"dtype": torch.bfloat16})
 
@@ -151,7 +152,7 @@ class Study:
         problems = task.problems(task.TRAINING_KINDS, settings.pair_prompts, seed)
         options = SamplingOptions(settings.pair_samples, (1.0,), settings.max_new_tokens, 160, seed)
         sampler = Sampler(problems, self.tokenizer, options, entropy=False)
-        sampler.keep_in(path, self.model)
+        sampler.keep_in(path, Path(self.model).name)
         if sampler.missing:
             self.sampled_from.load_state_dict(load_model(self.model).state_dict())
         judged = judge_samples(problems, task.is_right, sampler.run(self.sampled_from), "pairs")
