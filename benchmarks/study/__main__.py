@@ -18,6 +18,7 @@ accuracy worse (76 to 59 %). β and learning rate were tried with seed 0 alone, 
 """
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Sequence
 from datetime import date
@@ -167,6 +168,8 @@ def study_real(seeds: Sequence[int], work: Path, out: Path, model: Path, setting
     study = real.Study(model, work, settings)
     study.run(seeds)
     rows = study.rows()
+    if not rows:
+        sys.exit(f"python -m benchmarks.study --real: no run is finished in {study.folder} yet")
     out.mkdir(parents=True, exist_ok=True)
     real.write_rows(rows, out / "real.csv")
     about = f"{device_name('cpu')}, torch {installed('torch')}; commit {commit()}, {date.today()}; again: "

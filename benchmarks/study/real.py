@@ -8,6 +8,8 @@ a file of rows in .real/study; a command that was stopped begins again with the 
 first in CONDITIONS are done first, for all seeds; --seeds shares them out among processes.
 
 Held-out answers, and those that pairs are made of, are drawn from the weights rounded to bf16.
+
+Not compared: min-p and top-p at equal entropy (the sampler has neither), DPO stopped at equal KL, --target_entropy.
 """
 
 import csv

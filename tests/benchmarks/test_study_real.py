@@ -89,6 +89,11 @@ def tiny_model(tmp_path: Path, monkeypatch):
     return folder
 
 
+def test_report_of_nothing_says_so(tiny_model, tmp_path):
+    with pytest.raises(SystemExit, match="no run is finished"):
+        study_real([], tmp_path / "work", tmp_path / "out", tiny_model, TINY)
+
+
 def test_study_stopped_and_gone_on_with_gives_the_same_rows(tiny_model, tmp_path, monkeypatch):
     study_real([0], tmp_path / "whole", tmp_path / "a", tiny_model, TINY)
     evaluate, calls = real.Study._evaluate, []
