@@ -78,14 +78,15 @@ class PairOptions:
             raise ValueError(
                 f"f_divergence_type must be one of {', '.join(DIVERGENCES)}; got {self.f_divergence_type!r}"
             )
-        if not math.isfinite(self.f_alpha_divergence_coef):
+        if not -math.inf < self.f_alpha_divergence_coef < math.inf:
             raise ValueError(f"f_alpha_divergence_coef must be a finite number, got {self.f_alpha_divergence_coef}")
         if "discopop" not in self.names:
             self._refuse(["discopop_tau"], "without loss_type='discopop'")
         if self.f_divergence_type != "alpha_divergence":
             self._refuse(["f_alpha_divergence_coef"], "without f_divergence_type='alpha_divergence'")
-        others = [name for name in self.names if OBJECTIVES[name].of not in (ONE, NONE)]
-        if self.f_divergence_type != "reverse_kl" and others:
+        if self.f_divergence_type != "reverse_kl" and (
+            others := [name for name in self.names if OBJECTIVES[name].of not in (ONE, NONE)]
+        ):
             raise ValueError(
                 f"f_divergence_type={self.f_divergence_type!r} is defined for losses of a margin, and {others[0]} is "
                 "none: leave it out"
@@ -104,19 +105,20 @@ class PairOptions:
 
     def _check_losses(self) -> None:
         names = self.names
-        weights = [1.0] * len(names) if self.loss_weights is None else list(self.loss_weights)
         if not names:
             raise ValueError("loss_type is empty: name at least one loss")
         for name in names:
             if name not in OBJECTIVES:
                 raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}; got {name!r}")
-        if len(weights) != len(names):
-            raise ValueError(
-                f"loss_weights needs a weight for each loss: {len(names)} ({', '.join(names)}), got {weights}"
-            )
-        if bad := [weight for weight in weights if not 0 < weight < math.inf]:
-            raise ValueError(f"loss_weights must be positive numbers, got {bad[0]}")
-        object.__setattr__(self, "loss_weights", None if set(weights) == {1.0} else tuple(map(float, weights)))
+        if self.loss_weights is not None:
+            weights = list(self.loss_weights)
+            if len(weights) != len(names):
+                raise ValueError(
+                    f"loss_weights needs a weight for each loss: {len(names)} ({', '.join(names)}), got {weights}"
+                )
+            if bad := [weight for weight in weights if not 0 < weight < math.inf]:
+                raise ValueError(f"loss_weights must be positive numbers, got {bad[0]}")
+            object.__setattr__(self, "loss_weights", None if set(weights) == {1.0} else tuple(map(float, weights)))
         smoothing = {OBJECTIVES[name].smoothing for name in names}
         if self.label_smoothing and smoothing == {"no"}:
             raise ValueError(
@@ -128,12 +130,14 @@ class PairOptions:
     @property
     def losses(self) -> list[tuple[Objective, float]]:
         """Each loss with its weight."""
-        return losses_of(self.loss_type, self.loss_weights)  # type: ignore[arg-type]
+        names = self.names
+        weights = self.loss_weights or (1.0,) * len(names)
+        return [(OBJECTIVES[name], weight) for name, weight in zip(names, weights, strict=True)]
 
     @property
     def kind(self) -> str:
         """What the sum of the losses is a function of: ONE number a pair, TWO, or ALL pairs."""
-        return kind_of(self.loss_type, self.loss_weights, self.f_divergence_type)  # type: ignore[arg-type]
+        return kind_of(self.names, self.f_divergence_type)
 
     @property
     def adds_likelihood(self) -> bool:
@@ -162,8 +166,8 @@ class PairOptions:
         """As operators take them, which know neither dataclasses nor names of a few values; see `from_numbers`."""
         names = ALPHA_LEVELS.index(self.alpha_level), DIVERGENCES.index(self.f_divergence_type)
         tuned = [self.f_alpha_divergence_coef, self.discopop_tau]
-        weights = [weight for _, weight in self.losses]
-        losses = [float(n) for pair in zip(map(LOSS_TYPES.index, self.names), weights, strict=True) for n in pair]
+        weights = self.loss_weights or (1.0,) * len(self.names)
+        losses = [n for name, weight in zip(self.names, weights, strict=True) for n in (LOSS_TYPES.index(name), weight)]
         return [self.alpha, self.beta, self.label_smoothing, self.nll_weight, *names, *tuned, *losses]
 
     @classmethod
@@ -209,24 +213,15 @@ def _from_numbers(numbers: tuple[float, ...]) -> PairOptions:
     )  # fmt: skip
 
 
-@functools.lru_cache
-def losses_of(names: str | tuple[str, ...], weights: tuple[float, ...] | None) -> list[tuple[Objective, float]]:
-    """Each loss with its weight (None: 1 each)."""
-    found = [OBJECTIVES[name] for name in ((names,) if isinstance(names, str) else names)]
-    return list(zip(found, weights or [1.0] * len(found), strict=True))
-
-
-@functools.lru_cache
-def kind_of(
-    names: str | tuple[str, ...], weights: tuple[float, ...] | None = None, divergence: str = "reverse_kl"
-) -> str:
+def kind_of(names: Sequence[str], divergence: str = "reverse_kl") -> str:
     """What the sum of the losses is a function of: ONE number a pair, TWO, or ALL pairs."""
-    losses = [loss for loss, _ in losses_of(names, weights)]
+    losses = [OBJECTIVES[name] for name in names]
     of = {loss.of for loss in losses}
     if ALL in of:
         return ALL
-    scales = {(loss.per_token, loss.beta) for loss in losses if loss.of == ONE}
-    return TWO if TWO in of or len(scales) > 1 or divergence != "reverse_kl" else ONE
+    if TWO in of or divergence != "reverse_kl":
+        return TWO
+    return ONE if len({(loss.per_token, loss.beta) for loss in losses if loss.of == ONE}) < 2 else TWO
 
 
 def pair_loss(

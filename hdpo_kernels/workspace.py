@@ -10,8 +10,8 @@ from torch import Tensor
 from hdpo_kernels.gemm import UPCAST_BLOCK
 from hdpo_kernels.lm_head import buffers_for, full_precision, pitch
 from hdpo_kernels.logp import compute_dtype
-from hdpo_kernels.objectives import NONE, TWO
-from hdpo_kernels.pair import kind_of, losses_of
+from hdpo_kernels.objectives import NONE, OBJECTIVES, TWO
+from hdpo_kernels.pair import kind_of
 from hdpo_kernels.rows.torch import BLOCK_BYTES
 
 
@@ -63,8 +63,8 @@ def head_workspace_bytes(
     passing = casts + max(logits, stats, d_weight)
     long = sum(end - start > piece_rows for start, end in itertools.pairwise(cu_seqlens[::2]))
     if d_weight and long:  # more buffers for d_weight, see `plan_chunks`
-        names = loss_type if isinstance(loss_type, str) else tuple(loss_type)
-        likelihood = nll_weight > 0 or any(loss.of == NONE for loss, _ in losses_of(names, None))
-        more = 1 + (long > 1) if kind_of(names, None, f_divergence_type) == TWO else int(long > 1 or likelihood)
+        names = [loss_type] if isinstance(loss_type, str) else loss_type
+        likelihood = nll_weight > 0 or any(OBJECTIVES[name].of == NONE for name in names)
+        more = 1 + (long > 1) if kind_of(names, f_divergence_type) == TWO else int(long > 1 or likelihood)
         passing += more * vocab * hidden_size * full_precision(dtype).itemsize
     return Workspace(buffers, passing) if on_cpu else Workspace(0, buffers + passing)

@@ -193,6 +193,16 @@ def test_selective_checkpointing_can_keep_what_the_operators_return():
     assert kept == 4
 
 
+@pytest.mark.filterwarnings("error:Dynamo detected")  # a cache that it would not see
+def test_pair_loss_compiles_without_a_warning():
+    def loss(logps):
+        return pair_loss(logps, None, alpha=0.9, beta=0.1, loss_type=["sigmoid", "apo_zero"]).loss
+
+    logps = torch.randn(4)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logps), loss(logps))
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("function", [from_hidden, in_parts])
 def test_functions_under_autocast_equal_cast_inputs(function, compiled):
