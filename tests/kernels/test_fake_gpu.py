@@ -4,6 +4,7 @@ No host waits for a device in any call here: `benchmarks.fake_gpu` raises where 
 """
 
 import csv
+import itertools
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from benchmarks import calls
 from benchmarks.calls import CALLS, LARGE, LOGITS, LOGP, LONG, ODD, SMALL, Call, Outcome
 from hdpo_kernels import linear_hdpo_loss
+from hdpo_kernels.pair import LOSS_TYPES
 
 COMMITTED = Path(calls.__file__).parent / "results" / "launches.csv"
 GIB = 2**30
@@ -108,3 +110,18 @@ def test_boundaries_on_the_device_are_seen_to_wait():
         bounds, labels = gpu.tensor(3, dtype=torch.int64), torch.zeros(8, dtype=torch.int64)
         with pytest.raises(DataDependentOutputException):
             linear_hdpo_loss(hidden, weight, labels, bounds, None)
+
+
+@pytest.mark.parametrize("lengths", [[40] * 4, [1500, 1400, 900, 1600]], ids=["whole pairs", "parts of pairs"])
+@pytest.mark.parametrize("loss_type", [*LOSS_TYPES, ("sigmoid", "apo_zero", "sft")], ids=str)
+def test_no_loss_waits_for_the_device_or_copies_from_pageable_memory(loss_type, lengths):
+    rows, vocab, hidden_size = sum(lengths), 8000, 64
+    with calls.pretended() as gpu:
+        hidden, weight = gpu.tensor(rows, hidden_size, needs_grad=True), gpu.tensor(vocab, hidden_size, needs_grad=True)
+        ref_logps = gpu.tensor(len(lengths), dtype=torch.float32)
+        labels, bounds = torch.zeros(rows, dtype=torch.int64), [0, *itertools.accumulate(lengths)]
+        options = {"loss_type": loss_type, "label_smoothing": 0.1 if loss_type == "exo_pair" else 0.0}
+        options["chunk_bytes"] = 1000 * vocab * 6
+        result = linear_hdpo_loss(hidden, weight, labels, bounds, ref_logps, **options)
+        gpu.backward(result.loss, [hidden, weight])
+    assert gpu.pageable == [] and result.loss.device.type == "cuda"
