@@ -1,10 +1,11 @@
 """The report of the study on a real model: tables, claims with Holm's correction, and a picture."""
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks.study.real import (
     CONDITIONS,
@@ -177,27 +178,30 @@ def _claims(claims: Sequence[Claim]) -> str:
     return f"{table(['', 'less', 'seeds', *units], [[*key, *line] for key, line in lines.items()])}\n\n{note}"
 
 
+def _grid_rows(results: Results) -> dict[float, list[Row | None]]:
+    """β's factor -> the first seed's row of every α of the grid, None where it was not run."""
+    of = lambda alpha, beta: results.of(Condition(alpha, beta=beta), results.epochs).get(SEEDS[0])  # noqa: E731
+    return {beta: [of(alpha, beta) for alpha in (0.7, 1, 1.4)] for beta in (0.3, 1.0, 3.0)}
+
+
+def _cell_of_grid(row: Row | None) -> str:
+    return f"{100 * row['sampled accuracy']:.1f} %, {row['entropy']:.2f}" if row else "not run"
+
+
 def _grid(results: Results) -> str:
-    """Sampled accuracy and entropy of the first seed."""
-    lines = []
-    for beta in (0.3, 1.0, 3.0):
-        cells = []
-        for alpha in (0.7, 1.0, 1.4):
-            row = results.of(Condition(alpha, beta=beta), results.epochs).get(SEEDS[0])
-            cells.append(f"{100 * row['sampled accuracy']:.1f} %, {row['entropy']:.2f}" if row else "not run")
-        lines.append([f"β × {beta:g}", *cells])
+    lines = [[f"β × {beta:g}", *map(_cell_of_grid, rows)] for beta, rows in _grid_rows(results).items()]
     head = f"Seed {SEEDS[0]}, {_epochs(results.epochs)}: sampled accuracy, entropy."
     return f"{head}\n\n{table(['', *(f'α = {alpha}' for alpha in (0.7, 1, 1.4))], lines)}"
 
 
 def draw(rows: Sequence[Row], epochs: int, path: Path) -> None:
-    """Entropy across, a metric up: a colour for each condition, thin dots its seeds, large ones their mean."""
+    """Entropy across, a metric up: a colour a condition, small dots its seeds, large ones their mean; the grid."""
     from matplotlib.figure import Figure
 
     results = Results(rows, epochs)
-    figure = Figure(figsize=(13, 5.2), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for axis, metric in zip(axes, ("sampled accuracy", "distinct right"), strict=True):
+    figure = Figure(figsize=(17, 5.2), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for axis, metric in zip(axes[:2], ("sampled accuracy", "distinct right"), strict=True):
         for color, condition in enumerate([UNTRAINED, DPO, *CORE]):
             label: str | None = condition.name
             for epoch, marker in ((0, "s"), (1, "o"), (epochs, "^")):
@@ -216,7 +220,18 @@ def draw(rows: Sequence[Row], epochs: int, path: Path) -> None:
         axis.set_ylabel(metric)
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False, fontsize=8)
+    _draw_grid(axes[2], results)
     figure.suptitle(
         f"SmolLM2-135M-Instruct, short instructions: ■ before, ● 1 epoch, ▲ {_epochs(epochs)}; small: a seed"
     )
     figure.savefig(path, dpi=100)
+
+
+def _draw_grid(axis: Any, results: Results) -> None:
+    found = _grid_rows(results)
+    axis.imshow([[row["sampled accuracy"] if row else math.nan for row in rows] for rows in found.values()])
+    for (down, rows), across in itertools.product(enumerate(found.values()), range(3)):
+        axis.text(across, down, _cell_of_grid(rows[across]), ha="center", bbox={"color": "w", "alpha": 0.7})
+    axis.set_xticks(range(3), ["α = 0.7", "α = 1", "α = 1.4"])
+    axis.set_yticks(range(3), [f"β × {beta:g}" for beta in found])
+    axis.set_title(f"sampled accuracy and entropy, seed {SEEDS[0]}, {_epochs(results.epochs)}", fontsize=10)
