@@ -117,5 +117,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever stops it gets what was measured
+    for number in (signal.SIGTERM, signal.SIGINT):  # whoever stops it gets what was measured, in the background too
+        signal.signal(number, signal.default_int_handler)
     main()

@@ -13,7 +13,8 @@ from benchmarks.table import Table
 HANG = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('hangs', flush=True); time.sleep(60)"
 CHILD = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
 POLITE = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # of a shell's background job it is ignored
 print("measured", flush=True)
 try:
     time.sleep(60)
