@@ -49,8 +49,7 @@ def hdpo_loss(
         labels, cu_seqlens, ref_logps: as there.
         loss_type: one of `pair.LOSS_TYPES`, or several.
         inplace: overwrite the logits with their gradient, so that no second (N, V) tensor exists. Allowed where nothing
-            else reads them: a leaf that requires grad is refused, and autograd raises if an earlier operation saved
-                them.
+            else reads them: a leaf that requires grad is refused; autograd raises if an earlier operation saved them.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices, boundaries, labels or options that do not fit.

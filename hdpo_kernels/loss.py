@@ -121,6 +121,10 @@ def linear_hdpo_loss(
     cu_seqlens = as_boundaries(cu_seqlens, pairs=True)
     check_ref_logps(ref_logps, cu_seqlens.shape[0] - 1, hidden.device)
     tp_name, sp_name = (None if group is None else group.group_name for group in (tp_group, sp_group))
+    if callable(loss_type):
+        pair_options.check_own_loss()
+        if sp_name is not None:
+            raise ValueError("with sp_group a loss_type that is a function of your own is not supported")
     if gradient == "sampled" or callable(loss_type) or pair_options.kind == ALL:
         if tp_name is not None:
             what = (
@@ -141,9 +145,6 @@ def linear_hdpo_loss(
             chunk_bytes=chunk_bytes,
         )
         if callable(loss_type):
-            pair_options.check_own_loss()
-            if sp_name is not None:
-                raise ValueError("with sp_group a loss_type that is a function of your own is not supported")
             return own_loss(token, labels, cu_seqlens, ref_logps, pair_options, loss_type)
         return token_hdpo_loss(token, labels, cu_seqlens, ref_logps, pair_options, sp_name)
     inputs = (hidden, weight, bias, labels, ref_logps, cu_seqlens)

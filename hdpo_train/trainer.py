@@ -383,7 +383,8 @@ class HDPOTrainer(ResumableTrainer):
 
         model_name: default: the name of output_dir. dataset: names of the data. metadata: language, license, tags.
         """
-        if not self.is_world_process_zero() or not self.state.log_history:  # nothing was trained, or by an earlier call
+        trained = any("loss" in line for line in self.state.log_history)  # by this trainer, and not only evaluated
+        if not self.is_world_process_zero() or not trained:
             return
         folder = Path(str(self.args.output_dir))
         inner = bare(self.model)  # type: ignore[arg-type]

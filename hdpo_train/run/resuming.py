@@ -115,10 +115,10 @@ class ResumableTrainer(WholeCheckpoints):
             if is_own and self._had_ended:  # it lies there
                 return
             super().save_model(output_dir, _internal_call)
-            if is_own:
-                self.create_model_card()
             if is_own and self._has_ended and self._options is not None and self.args.should_save:
                 write_record(folder, self._options, ended=self.state.global_step)
+            if is_own:
+                self.create_model_card()
 
     @contextlib.contextmanager
     def _says_how_to_go_on(self) -> Iterator[None]:

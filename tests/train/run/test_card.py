@@ -1,10 +1,13 @@
 """The model card that a run leaves."""
 
 import pytest
+from datasets import Dataset
 from huggingface_hub import ModelCard
 
+from hdpo_train import HDPOTrainer
 from hdpo_train.run.card import model_card
 from tests.train.test_trainer import make_trainer
+from tests.train.tiny import make_model, make_records
 
 START = {"pairs": 12, "alpha": 0.9, "alpha_level": "sequence", "beta": 0.1, "loss_type": "sigmoid"}
 LINES = [
@@ -38,6 +41,14 @@ def test_a_run_leaves_a_card_that_it_writes_again_until_somebody_changes_it(conf
     path.write_text("Mine.")
     trainer.create_model_card()
     assert path.read_text() == "Mine."
+
+
+def test_a_trainer_that_only_evaluates_saves_its_model_without_a_card(config, tokenizer, tmp_path):
+    records = Dataset.from_list(make_records())
+    trainer = HDPOTrainer(make_model(), args=config(), eval_dataset=records, processing_class=tokenizer)
+    trainer.evaluate()
+    trainer.save_model()
+    assert (tmp_path / "out" / "model.safetensors").exists() and not (tmp_path / "out" / "README.md").exists()
 
 
 def test_a_card_takes_the_place_of_the_placeholder_that_peft_leaves(config, tokenizer, tmp_path):
