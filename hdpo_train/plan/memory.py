@@ -80,12 +80,10 @@ def step_memory(model: nn.Module, args: HDPOConfig, batch: MicroBatch, tiles: bo
         _optimizer_step(fake, args, ledger)
         start = ledger.now.copy()
         prepare(fake, args, batch.layout, ledger, tiles)
-        whole = list(fake.modules())  # layers that are taken out now stay alive, and their weights counted
         order = _keep_one_of_each_kind(fake, args, ledger)
         kept = _count_the_head(fake, args, ledger)
         with ledger:
             micro_batch(fake, args, batch, "cpu", ledger)
-        del whole
     moments = [ledger.segments["optimizer"].peak, *_replay(ledger.segments, order, start)]
     host = max(moment[HOST] for moment in moments)
     by_kind = [{kind: moment[kind] + max(kept) * (kind == "head") for kind in KINDS} for moment in moments]
