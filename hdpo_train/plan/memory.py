@@ -80,10 +80,12 @@ def step_memory(model: nn.Module, args: HDPOConfig, batch: MicroBatch, tiles: bo
         _optimizer_step(fake, args, ledger)
         start = ledger.now.copy()
         prepare(fake, args, batch.layout, ledger, tiles)
+        everything = list(fake.modules())  # layers that are taken out stay alive, and so do their bytes in the ledger
         order = _keep_one_of_each_kind(fake, args, ledger)
         kept = _count_the_head(fake, args, ledger)
         with ledger:
             micro_batch(fake, args, batch, "cpu", ledger)
+        del everything
     moments = [ledger.segments["optimizer"].peak, *_replay(ledger.segments, order, start)]
     host = max(moment[HOST] for moment in moments)
     by_kind = [{kind: moment[kind] + max(kept) * (kind == "head") for kind in KINDS} for moment in moments]

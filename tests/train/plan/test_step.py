@@ -1,6 +1,7 @@
 """What `hdpo-train plan` says against what a step really takes."""
 
 import copy
+import gc
 import itertools
 
 import pytest
@@ -193,6 +194,22 @@ def test_one_layer_of_each_kind_stands_for_all(tmp_path, monkeypatch, config, bu
     whole = plan.peak_memory(config, args, batch, build)
     assert few.total == pytest.approx(whole.total, rel=0.01)
     assert few.device == pytest.approx(whole.device, rel=0.01, abs=0.01 * whole.total)
+
+
+def test_garbage_that_is_collected_within_a_segment_is_no_part_of_the_plan(tmp_path, monkeypatch):
+    """A layer in tiles that is taken out, since another stands for it, is garbage in a cycle; a long plan collects it."""
+    args, batch = arguments(tmp_path, **CHECKPOINTED), MicroBatch(Layout(packed=True, share=True), [(20, 80, 50)])
+    llama = copy.deepcopy(LLAMA)
+    llama.num_hidden_layers = 6
+    expected = plan.peak_memory(llama, args, batch, with_lora, tiles=True)
+    begin = memory.Ledger._begin
+
+    def and_collect(ledger):
+        begin(ledger)
+        gc.collect()
+
+    monkeypatch.setattr(memory.Ledger, "_begin", and_collect)
+    assert plan.peak_memory(llama, args, batch, with_lora, tiles=True).moments == expected.moments
 
 
 def test_memory_on_the_host(tmp_path, tokenizer, monkeypatch):
