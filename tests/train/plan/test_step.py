@@ -197,7 +197,7 @@ def test_one_layer_of_each_kind_stands_for_all(tmp_path, monkeypatch, config, bu
 
 
 def test_garbage_that_is_collected_within_a_segment_is_no_part_of_the_plan(tmp_path, monkeypatch):
-    """A layer in tiles that is taken out, since another stands for it, is garbage in a cycle; a long plan collects it."""
+    """Layers in tiles are cycles: those that are taken out, since another stands for them, would be collected."""
     args, batch = arguments(tmp_path, **CHECKPOINTED), MicroBatch(Layout(packed=True, share=True), [(20, 80, 50)])
     llama = copy.deepcopy(LLAMA)
     llama.num_hidden_layers = 6
