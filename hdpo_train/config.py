@@ -13,7 +13,7 @@ from hdpo_train.inherited import check_options, check_ranges
 from hdpo_train.loss import StepLoss, is_own_loss, load_own_loss
 from hdpo_train.model.loading import in_gguf
 from hdpo_train.of_trl import taking_options_of_trl
-from hdpo_train.ranks import check_dataloading
+from hdpo_train.ranks import as_parallelism_config, check_dataloading
 
 
 @dataclass
@@ -134,6 +134,13 @@ class HDPOConfig(TrainingArguments):
             "attention keeps them apart, else padded, with a warning. True: stop if it does not."
         },
     )
+    parallelism_config: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": 'How processes share the work, as accelerate\'s ParallelismConfig or in JSON: {"sp_size": 2} lets '
+            "two of them share every sequence, for pairs that do not fit on one GPU."
+        },
+    )
     shared_prompt: bool | None = field(
         default=None,
         metadata={
@@ -195,6 +202,7 @@ class HDPOConfig(TrainingArguments):
     ]
 
     def __post_init__(self) -> None:
+        self.parallelism_config = as_parallelism_config(self.parallelism_config)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and self._has_bf16()
         check_ranges(self)

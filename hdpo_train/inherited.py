@@ -38,7 +38,6 @@ REFUSED = {  # an option that is not at its default: why not, and the way out
     "eval_use_gather_object": _NO_PREDICTIONS,
     "label_names": _NO_PREDICTIONS,
     "length_column_name": _BY_LENGTH,
-    "parallelism_config": "sequences and the LM head must be whole on a device: use DDP, FSDP2 or DeepSpeed",
 }
 REFUSED_VALUES: tuple[tuple[str, Any, str], ...] = (
     ("max_steps", 0, "it would mean num_train_epochs; leave it out, or give a number of steps"),

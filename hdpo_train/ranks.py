@@ -2,21 +2,123 @@
 
 Processes take the same number of batches of the same size, or they would wait for each other for ever: accelerate fills
 the last ones up with pairs from the beginning. Here those are left out again, and every batch weighs what it holds.
+
+Where sequences are split (`sp_size`), the processes of a group have the same batch, and accelerate does not know: to it
+and its engines they are ranks of data like others. All of them average gradients over all W processes, while a group's
+gradient is the sum over its own,
+
+    ∂L/∂θ = (s / W) Σ_groups Σ_(ranks of the group) g_rank = (1 / W) Σ_ranks s · g_rank        s = sp_size
+
+so each rank's gradient is s times its own part; the loss stays what it is.
 """
 
 import contextlib
+import copy
 import dataclasses
+import json
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator, DistributedType
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedType, ParallelismConfig
+from accelerate.data_loader import DataLoader
 from accelerate.utils import gather_object
-from torch import nn
-from transformers import TrainerCallback
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from hdpo_train.model.sequence_ranks import SequenceRanks
+
 T = TypeVar("T")
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
+
+
+def as_parallelism_config(given: Any) -> ParallelismConfig | None:
+    """From a mapping, or one in JSON. Raises ValueError for what is none, and for unknown keys."""
+    if given is None or isinstance(given, ParallelismConfig):
+        return given
+    try:
+        return ParallelismConfig(**(json.loads(given) if isinstance(given, str) else given))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'parallelism_config is {given!r}, not like {{"sp_size": 2}}: {error}') from error
+
+
+def without_sequence_ranks(args: Arguments) -> tuple[Arguments, int]:
+    """Options as accelerate is to see them, and sp_size; both by parallelism_config or accelerate's config file.
+
+    Raises ValueError for other ways to split a model or its sequences.
+    """
+    config: Any = args.parallelism_config
+    if config is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        config = ParallelismConfig()  # whose sizes accelerate launch has put into the environment
+    if config is None:
+        return args, 1
+    if config.cp_size > 1:
+        raise ValueError(
+            f"parallelism_config with cp_size={config.cp_size}: ring attention cannot keep packed sequences apart; "
+            f"sp_size={config.cp_size} splits them as well"
+        )
+    if config.tp_size > 1:
+        raise ValueError(
+            f"parallelism_config with tp_size={config.tp_size}: the LM head must be whole on a device; FSDP2 or ZeRO-3 "
+            "shard it between steps, and sp_size splits the memory that a long sequence takes"
+        )
+    processes = args.world_size
+    if processes % config.sp_size:
+        raise ValueError(
+            f"sp_size={config.sp_size} does not divide the processes of this run ({processes}): start it by accelerate "
+            "launch or torchrun on a multiple of sp_size"
+        )
+    if config.sp_size > 1:
+        args = copy.copy(args)
+        replicas = config.dp_replicate_size if config.dp_shard_size > 1 else 1
+        sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        args.parallelism_config = ParallelismConfig(
+            dp_replicate_size=replicas, dp_shard_size=processes // replicas if sharded else 1,
+            tp_size=1, cp_size=1, sp_size=1,
+        )  # fmt: skip
+    return args, config.sp_size
+
+
+def sequence_ranks(size: int) -> SequenceRanks | None:
+    """This process's group of so many, which share every row; to be called by all processes."""
+    return SequenceRanks(dist.new_subgroups(size)[0]) if size > 1 else None
+
+
+class DataRanks:
+    """An accelerator that deals batches to groups of processes: those of a group get the same ones."""
+
+    def __init__(self, accelerator: Accelerator, size: int) -> None:
+        self._accelerator, self._size = accelerator, size
+        self.num_processes = accelerator.num_processes // size
+        self.process_index = accelerator.process_index // size
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._accelerator, name)
+
+    def _prepare_device_mesh(self) -> None:  # from which accelerate would deal to all of them
+        return None
+
+    def prepare_data_loader(self, loader: DataLoader, *args: Any, **kwargs: Any) -> DataLoader:
+        return Accelerator.prepare_data_loader(self, loader, *args, **kwargs)  # type: ignore[arg-type]
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """One group's after the other's, along the first dimension."""
+        return self._accelerator.gather(tensor).unflatten(0, (-1, len(tensor)))[:: self._size].flatten(0, 1)
+
+    def gather_for_metrics(self, tensor: Tensor) -> Tensor:
+        return Accelerator.gather_for_metrics(self, tensor)  # type: ignore[arg-type]
+
+
+def data_ranks(accelerator: Accelerator, ranks: SequenceRanks | None) -> Any:
+    """An accelerator that knows the processes as ranks of data; from now on all loaders are dealt out so."""
+    if ranks is None:
+        return accelerator
+    dealing = DataRanks(accelerator, ranks.size)
+    accelerator.prepare_data_loader = dealing.prepare_data_loader  # type: ignore[method-assign] # Trainer's too
+    return dealing
 
 
 def check_dataloading(config: AcceleratorConfig, processes: int) -> None:

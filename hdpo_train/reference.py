@@ -29,7 +29,8 @@ from hdpo_train.data.tokenize import PairCollator
 from hdpo_train.model.fingerprint import hash_weights
 from hdpo_train.model.head import bare, model_inputs
 from hdpo_train.model.loading import adapter_configs, evaluating
-from hdpo_train.ranks import as_in_training, gathered, shards
+from hdpo_train.model.sequence_ranks import SequenceRanks
+from hdpo_train.ranks import as_in_training, data_ranks, gathered, shards
 
 logger = logging.get_logger(__name__)
 _FORMAT = "1"  # of the cache file
@@ -64,12 +65,18 @@ def with_reference(
     name: str,
     chunk_bytes: int | None = None,
     without_adapter: bool = False,
+    sequence_ranks: SequenceRanks | None = None,
 ) -> Dataset:
     """The data set with columns ref_chosen_logp and ref_rejected_logp (nats, sums over the completion).
 
-    dataset: prompt_ids, chosen_ids, rejected_ids. model: the reference, taught the loss by `head.attach_loss`; it runs
-    in eval mode in the precision that training runs in, whole on every rank. without_adapter:
-    the reference is a peft model's base. batch_size: pairs. cache_dir None: hdpo_reference in the Hugging Face cache.
+    Args:
+        dataset: with columns prompt_ids, chosen_ids, rejected_ids.
+        model: the reference, taught the loss by `head.attach_loss`; it runs in eval mode in the precision that training
+            runs in, whole on every rank.
+        collator: makes its batches of so many pairs (batch_size).
+        cache_dir: default: hdpo_reference in the Hugging Face cache.
+        without_adapter: the reference is a peft model's base.
+        sequence_ranks: processes that share every row.
 
     Raises ValueError if the ranks do not have the same reference and data.
     """
@@ -96,7 +103,7 @@ def with_reference(
             found = torch.tensor(int(logps is not None), device=accelerator.device)
             logps = logps if int(accelerator.reduce(found, "sum")) == accelerator.num_processes else None
         if logps is None:
-            logps = _compute(dataset, model, accelerator, collator, batch_size, name, chunk_bytes)
+            logps = _compute(dataset, model, accelerator, collator, batch_size, name, chunk_bytes, sequence_ranks)
             if accelerator.is_main_process:
                 _write_or_warn(path, key, logps)
             accelerator.wait_for_everyone()
@@ -134,20 +141,23 @@ def _compute(
     batch_size: int,
     name: str,
     chunk_bytes: int | None,
+    sequence_ranks: SequenceRanks | None,
 ) -> Tensor:
+    data = data_ranks(accelerator, sequence_ranks)
     loader = DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_size=batch_size,
         collate_fn=collator,
         generator=torch.Generator(),  # torch's own stays as it is when the numbers come from the cache
     )
-    loader = accelerator.prepare_data_loader(loader)
+    loader = data.prepare_data_loader(loader)
     parts = []
     description = f"Reference log-probs ({name})"
     with evaluating(model), as_in_training(model, accelerator):
         for batch in tqdm(loader, desc=description, unit="batch", disable=not accelerator.is_main_process):
-            logps = model(**model_inputs(batch, accelerator.device, {"chunk_bytes": chunk_bytes})).logps.view(-1, 2)
-            parts.append(accelerator.gather_for_metrics(logps).float().cpu())
+            inputs = model_inputs(batch, accelerator.device, {"chunk_bytes": chunk_bytes}, sequence_ranks)
+            logps = model(**inputs).logps.view(-1, 2)
+            parts.append(data.gather_for_metrics(logps).float().cpu())
     logps = torch.cat(parts)
     if len(logps) != len(dataset):
         raise RuntimeError(f"{len(logps)} reference log-probs for {len(dataset)} pairs of the {name} set")

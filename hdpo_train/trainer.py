@@ -29,15 +29,19 @@ from hdpo_train.model.generation import own_entropy
 from hdpo_train.model.head import attach_loss, bare, model_inputs
 from hdpo_train.model.loading import adapter_configs, check_trainable, load_model, load_tokenizer, make_policy
 from hdpo_train.model.packing import Layout, find_layout
+from hdpo_train.model.sequence_ranks import check_model
 from hdpo_train.model.tiles import tile_sequences, tile_tokens
 from hdpo_train.plan.room import wants_tiles
 from hdpo_train.ranks import (
     OwnRandomNumbers,
+    data_ranks,
     gathered,
     keep_output_dtype,
     own_pairs,
+    sequence_ranks,
     shards,
     weights,
+    without_sequence_ranks,
 )
 from hdpo_train.run.card import CARD_FILE, model_card, write_card
 from hdpo_train.run.output_dir import refuse_base_model
@@ -96,6 +100,7 @@ class HDPOTrainer(ResumableTrainer):
     ) -> None:
         args = HDPOConfig(output_dir="hdpo-output") if args is None else args
         _check_call(args, model, ref_model, train_dataset, eval_dataset, callbacks, trainer_kwargs)
+        args, sp_size = without_sequence_ranks(args)
         name = model if isinstance(model, str) else bare(model).config._name_or_path
         if train_dataset is not None:
             refuse_base_model(str(args.output_dir), [name, *map(_source, (ref_model, processing_class))])
@@ -121,7 +126,7 @@ class HDPOTrainer(ResumableTrainer):
             optimizers=optimizers,
             **trainer_kwargs,
         )
-        self._prepare_processes()
+        self._prepare_processes(sp_size)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch's pairs, and
         self.loss_is_scaled_for_ga = False  # Trainer divides it by the number of accumulation steps
         self._trained: list[Tensor] = []  # sums of the batches since the last log
@@ -133,13 +138,20 @@ class HDPOTrainer(ResumableTrainer):
         self._add_reference_logps(policy, reference, new_adapter=peft_config is not None and reference is policy)
         self._add_callbacks()
 
-    def _prepare_processes(self) -> None:
-        """Raises ValueError for several GPUs in one process."""
+    def _prepare_processes(self, sp_size: int) -> None:
+        """Raises ValueError for several GPUs in one process, and for losses that cannot be split."""
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs in one process would be nn.DataParallel, which cannot split packed pairs: "
                 "start one process per GPU (accelerate launch -m hdpo_train, or torchrun), or set CUDA_VISIBLE_DEVICES"
             )
+        if sp_size > 1 and self.args.step_loss().own is not None:
+            raise ValueError(
+                f"loss_type {self.args.loss_type} is a function of your own, which gets log-probs of whole sequences: "
+                f"with sp_size={sp_size} use a loss that has a name"
+            )
+        self.sequence_ranks = sequence_ranks(sp_size)
+        self.data_ranks = data_ranks(self.accelerator, self.sequence_ranks)
         keep_output_dtype(self.accelerator)
         if self.args.gradient == "sampled" and self.accelerator.num_processes > 1:
             self.add_callback(OwnRandomNumbers(self.accelerator, self.args.seed))
@@ -155,7 +167,12 @@ class HDPOTrainer(ResumableTrainer):
         with contextlib.ExitStack() as stack:
             for each in models:
                 stack.enter_context(gathered(each))
-            return find_layout([bare(each) for each in models], self.args.packing, self.args.shared_prompt, longest)
+            bare_models = [bare(each) for each in models]
+            layout = find_layout(bare_models, self.args.packing, self.args.shared_prompt, longest)
+            if self.sequence_ranks is not None:
+                for each in bare_models:
+                    check_model(each, layout, self.sequence_ranks, longest)
+            return layout
 
     def _add_reference_logps(self, policy: Any, reference: Any, *, new_adapter: bool) -> None:
         """Add the reference's log-probs to both data sets. The reference itself is not kept."""
@@ -170,6 +187,7 @@ class HDPOTrainer(ResumableTrainer):
                 collator=self.data_collator,  # type: ignore[arg-type]
                 batch_size=args.precompute_ref_batch_size or args.train_batch_size,
                 chunk_bytes=args.chunk_bytes,
+                sequence_ranks=self.sequence_ranks,
                 cache_dir=args.ref_cache_dir,
                 name=name,
                 new_adapter=new_adapter,
@@ -223,11 +241,15 @@ class HDPOTrainer(ResumableTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        result: HDPOLoss = model(**model_inputs(inputs, self.accelerator.device, self.loss.keywords))
+        ranks = self.sequence_ranks
+        result: HDPOLoss = model(**model_inputs(inputs, self.accelerator.device, self.loss.keywords, ranks))
         weight = inputs.get("weight", 1.0)  # 0: the pair is a repeat
+        copies = 1 if ranks is None else ranks.size  # processes that have this batch
         if self._sums is not None:
-            self._sums.append(batch_sums(result, inputs, self.loss.pairs) * (weight > 0))
+            self._sums.append(batch_sums(result, inputs, self.loss.pairs) * ((weight > 0) / copies))
         loss = result.loss * weight
+        if copies > 1:  # each has its part of the gradient, and the engine takes the mean over all processes
+            loss = loss + (copies - 1) * (loss - loss.detach())
         return (loss, result) if return_outputs else loss
 
     @contextlib.contextmanager
@@ -248,7 +270,7 @@ class HDPOTrainer(ResumableTrainer):
         ):
             # this transformers gathers shards within a checkpoint, and so once for each sequence
             logger.warning("tiled_layers: layers run on all sequences at once; transformers 5.23 or later is needed")
-        elif self.tiled:
+        elif self.tiled and self.sequence_ranks is None:
             tile_sequences(self.model)  # type: ignore[arg-type]
         return super()._inner_training_loop(*args, **kwargs)
 
@@ -287,7 +309,7 @@ class HDPOTrainer(ResumableTrainer):
         """The batch without accelerate's duplicated pairs, and how many are left; one stays so that the rank runs."""
         pairs = own = _num_pairs(batch)
         if not self.args.dataloader_drop_last:
-            own = own_pairs(pairs, self.accelerator)
+            own = own_pairs(pairs, self.data_ranks)
         return (batch if own == pairs else self.data_collator(batch["examples"].rows[: max(own, 1)])), own  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
@@ -310,7 +332,7 @@ class HDPOTrainer(ResumableTrainer):
             args.max_tokens_per_batch,
             max_pairs=args.train_batch_size,
             padded=not self.layout.packed,
-            ranks=self.accelerator.num_processes,
+            ranks=self.data_ranks.num_processes,
             seed=args.seed if args.data_seed is None else args.data_seed,
             epoch=lambda: int(self.state.epoch or 0),
         )
@@ -327,6 +349,10 @@ class HDPOTrainer(ResumableTrainer):
             generator=torch.Generator(),  # torch's own is left as it is: it drew nothing for these batches
         )
         return self.accelerator.prepare(loader)
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        ranks = self.sequence_ranks
+        return super().get_total_train_batch_size(args) // (1 if ranks is None else ranks.size)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns: Any = ["prompt_ids", "chosen_ids", "rejected_ids", *COLUMNS]

@@ -41,10 +41,11 @@ class Documents(BlockMask):
     Args:
         lengths: of each document in order, tokens of (sequence,) or of (prompt, chosen, rejected).
         window: positions that a token sees, its own included; None: all before it.
+        ranks: a SequenceRanks if the layer has only this process's tokens of the row.
     """
 
-    def __init__(self, lengths: list[tuple[int, ...]], window: int | None = None) -> None:
-        self.lengths, self.window = lengths, window
+    def __init__(self, lengths: list[tuple[int, ...]], window: int | None = None, ranks: Any = None) -> None:
+        self.lengths, self.window, self.ranks = lengths, window, ranks
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -84,8 +85,8 @@ def _sdpa(
 ) -> tuple[Tensor, None]:
     if not isinstance(mask, Documents):
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-    kwargs["is_causal"] = True
-    return _by_documents(functools.partial(_causal_sdpa, module, mask.window, kwargs), query, key, value, mask), None
+    causal = functools.partial(_causal_sdpa, mask.window, {**kwargs, "is_causal": True})
+    return _by_documents(causal, module, query, key, value, mask), None
 
 
 def _eager(
@@ -94,8 +95,8 @@ def _eager(
     function = sys.modules[type(module).__module__].eager_attention_forward  # every model has one of its own
     if not isinstance(mask, Documents):
         return function(module, query, key, value, mask, **kwargs)
-    causal = functools.partial(_causal_eager, functools.partial(function, module, **kwargs), mask.window)
-    return _by_documents(causal, query, key, value, mask), None
+    causal = functools.partial(_causal_eager, functools.partial(function, **kwargs), mask.window)
+    return _by_documents(causal, module, query, key, value, mask), None
 
 
 _FUNCTIONS = {"sdpa": _sdpa, "eager": _eager}
@@ -106,30 +107,45 @@ for _name, _function in _FUNCTIONS.items():
 
 @torch.compiler.disable  # lengths differ with every batch, and would be constants of a compiled graph
 def _by_documents(
-    causal: Callable[[Tensor, Tensor, Tensor], Tensor],
-    query: Tensor,  # (1, heads, R, D)
+    causal: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor],
+    module: nn.Module,
+    query: Tensor,  # (1, heads, R, D); of several ranks, this one's run of R
     key: Tensor,  # (1, key heads, R, D)
     value: Tensor,
     documents: Documents,
 ) -> Tensor:
     """(1, R, heads, D)"""
+    row = functools.partial(_row, causal, documents)
+    if documents.ranks is not None:
+        return documents.ranks.attend(row, module, query, key, value)
+    return row(module, query, key, value)
+
+
+def _row(
+    causal: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor],
+    documents: Documents,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+) -> Tensor:
     outputs: list[Tensor] = []
     sizes = [sum(lengths) for lengths in documents.lengths]
     rows = zip(*(tensor.split(sizes, 2) for tensor in (query, key, value)), strict=True)
     for lengths, row in zip(documents.lengths, rows, strict=True):
         if len(lengths) == 1:
-            outputs.append(causal(*row))
+            outputs.append(causal(module, *row))
             continue
         prompt, chosen, rejected = lengths
-        outputs.append(causal(*(part[:, :, : prompt + chosen] for part in row)))
+        outputs.append(causal(module, *(part[:, :, : prompt + chosen] for part in row)))
         if rejected:
             parts = (part.split([prompt, chosen, rejected], 2) for part in row)
-            outputs.append(causal(*(torch.cat([part[0], part[2]], 2) for part in parts))[:, prompt:])
+            outputs.append(causal(module, *(torch.cat([part[0], part[2]], 2) for part in parts))[:, prompt:])
     return torch.cat(outputs, 1)
 
 
 def _causal_sdpa(
-    module: nn.Module, window: int | None, kwargs: dict[str, Any], query: Tensor, key: Tensor, value: Tensor
+    window: int | None, kwargs: dict[str, Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor
 ) -> Tensor:
     length = query.shape[2]
     if window is None or length <= window:
@@ -143,7 +159,9 @@ def _causal_sdpa(
     )
 
 
-def _causal_eager(function: Function, window: int | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _causal_eager(
+    function: Function, window: int | None, module: nn.Module, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
     heads, length = query.shape[1:3]
     most = _SCORES / heads
     block = most / length
@@ -153,7 +171,7 @@ def _causal_eager(function: Function, window: int | None, query: Tensor, key: Te
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         unseen = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
-        return function(query, key, value, unseen.masked_fill_(~mask, torch.finfo(query.dtype).min))[0]
+        return function(module, query, key, value, unseen.masked_fill_(~mask, torch.finfo(query.dtype).min))[0]
 
     outputs = []
     for parts in _blocks(query, key, value, window or length, block):

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hdpo_kernels import linear_hdpo_loss
 from hdpo_train.model.loading import backbone_of, evaluating
 from hdpo_train.model.packing import Places, backbone_inputs
+from hdpo_train.model.sequence_ranks import SequenceRanks
 
 
 class UnsupportedHead(ValueError):
@@ -121,6 +122,11 @@ def head_of(model: PreTrainedModel) -> nn.Linear:
             f"{name} is set to add a router loss (output_router_logits=True), which this loss leaves out; "
             "set it to False in the model's config to train without it"
         )
+    if (ranks := getattr(model, "tp_size", None) or 1) > 1:
+        raise UnsupportedHead(
+            f"{name} is tensor-parallel over {ranks} ranks (tp_plan), and the trainer's head is whole: load it without "
+            "a plan, shard it by FSDP2 or ZeRO-3, and split long sequences by sp_size"
+        )
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or len(whole_shape(head.weight)) != 2 or not head.weight.is_floating_point():
         raise UnsupportedHead(
@@ -186,11 +192,17 @@ def _scales(config: Any) -> list[float]:
     return scales or [1.0]
 
 
-def model_inputs(batch: Mapping, device: torch.device, loss_kwargs: Mapping[str, Any]) -> dict:
-    """Keywords of the model's forward for a batch of `PairCollator`; loss_kwargs: those of `linear_hdpo_loss`.
+def model_inputs(
+    batch: Mapping, device: torch.device, loss_kwargs: Mapping[str, Any], ranks: SequenceRanks | None = None
+) -> dict:
+    """Keywords of the model's forward for a batch of `PairCollator`; with ranks, for this process's part of it.
 
     Labels stay on the host, where the loss checks them before it takes them to the device itself.
+
+    loss_kwargs: those of `linear_hdpo_loss`.
     """
+    if ranks is not None:
+        batch, loss_kwargs = ranks.own_tokens(dict(batch)), {**loss_kwargs, "sp_group": ranks.group}
     on_device: dict[str, Any] = {
         key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()
     }
@@ -198,5 +210,5 @@ def model_inputs(batch: Mapping, device: torch.device, loss_kwargs: Mapping[str,
     pairs = PairBatch(on_device["rows"], labels, batch["cu_seqlens"], on_device.get("ref_logps"), loss_kwargs)
     inputs = {"input_ids": on_device["input_ids"], "pairs": pairs}
     if "documents" in batch:
-        inputs["places"] = Places(*(on_device[name] for name in Places._fields))
+        inputs["places"] = Places(on_device["position_ids"], batch["documents"], ranks)
     return inputs

@@ -51,6 +51,7 @@ class Places(NamedTuple):
 
     position_ids: Tensor  # (1, R)
     documents: list[tuple[int, ...]]  # tokens of (sequence,) or of (prompt, chosen, rejected), in order
+    ranks: Any = None  # a SequenceRanks if position_ids are of this process's part of the row
 
 
 @dataclass(frozen=True)
@@ -116,11 +117,11 @@ def lay_out(pairs: list[tuple[Any, Any, Any]], layout: Layout, pad_token_id: int
 def backbone_inputs(model: PreTrainedModel, places: Places) -> dict[str, Any]:
     """Keywords that make the backbone of `model` attend as the places say. Raises Unpackable if there are none."""
     config = model.config.get_text_config()
-    position_ids, documents = places
+    position_ids, documents, ranks = places
     if _is_flash(config):
         return {"position_ids": position_ids, "attention_mask": None, **varlen(documents, position_ids.device)}
     if attends_by_documents(config):
-        masks: dict[str, Any] = {kind: Documents(documents, window) for kind, window in _windows(config).items()}
+        masks: dict[str, Any] = {kind: Documents(documents, window, ranks) for kind, window in _windows(config).items()}
     elif config._attn_implementation == "flex_attention":
         masks = {kind: _flex_mask(places, window) for kind, window in _windows(config).items()}
     else:
@@ -141,7 +142,7 @@ def varlen(documents: list[tuple[int, ...]], device: torch.device) -> dict[str, 
 
 def _flex_mask(places: Places, window: int | None) -> Any:
     """Document d has segment 3d for its prompt or its one sequence, 3d + 1 for chosen and 3d + 2 for rejected."""
-    position_ids, documents = places[0][0], places[1]
+    position_ids, documents = places.position_ids[0], places.documents
     parts = [(3 * d + part, length) for d, lengths in enumerate(documents) for part, length in enumerate(lengths)]
     columns = [torch.tensor(column, device="cpu") for column in zip(*parts, strict=True)]
     numbers, lengths = to_device(columns, position_ids.device)

@@ -141,14 +141,14 @@ def test_fsdp_in_bf16_starts_from_the_reference(fsdp):
     assert not torch.equal(logps, logps.bfloat16().float())
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "sp", "zero3"])
 def test_shipped_configs_are_accelerate_configs(name):
     path = ROOT / "configs" / f"{name}.yaml"
     config = load_config_from_file(str(path))  # raises for keys that it does not know
-    expected = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
+    expected = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "sp": "FSDP", "zero3": "DEEPSPEED"}
     assert config.distributed_type == expected[name]
     options = vars(launch_command_parser().parse_args(["script.py"]))
-    for section in ("fsdp_config", "deepspeed_config"):
+    for section in ("fsdp_config", "deepspeed_config", "parallelism_config"):
         assert set(getattr(config, section)) <= set(options), section
     assert f"accelerate launch --config_file configs/{name}.yaml -m hdpo_train" in path.read_text()
 

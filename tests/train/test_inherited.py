@@ -33,7 +33,7 @@ USED = (
     "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order",
     "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph",
     "ddp_backend", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed", "debug", "skip_memory_metrics",
-    "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
+    "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "parallelism_config",
 )  # fmt: skip
 HARMLESS = {  # whatever they say, it is so, or changes nothing that anyone could have meant
     "prediction_loss_only": "evaluation returns no predictions",

@@ -241,8 +241,13 @@ SAMPLED = {  # two steps an epoch, resumed in the middle of the second
 }  # fmt: skip
 
 
+SPLIT = {**SAMPLED, "parallelism_config": '{"sp_size": 2}'}
+
+
 @pytest.mark.parametrize(
-    ("moment", "options"), [("rename 4", {"per_device_train_batch_size": 2}), ("training 5", SAMPLED)]
+    ("moment", "options"),
+    [("rename 4", {"per_device_train_batch_size": 2}), ("training 5", SAMPLED), ("training 5", SPLIT)],
+    ids=["batches of their own", "sampled", "one sequence split"],
 )
 def test_train_of_two_ranks_survives(moment, options, run, tmp_path):
     options = {**options, "ref_cache_dir": tmp_path / "reference"}

@@ -142,6 +142,12 @@ def test_attach_loss_refuses_a_router_loss(model):
         attach_loss(model)
 
 
+def test_attach_loss_refuses_a_model_that_is_tensor_parallel(model):
+    model._tp_size = 2  # as from_pretrained(tp_plan="auto") leaves it
+    with pytest.raises(UnsupportedHead, match="LlamaForCausalLM is tensor-parallel over 2 ranks"):
+        attach_loss(model)
+
+
 def test_attach_loss_refuses_a_head_that_is_not_linear(model):
     model.set_output_embeddings(nn.Sequential(model.lm_head))
     with pytest.raises(UnsupportedHead, match="Sequential, not a plain"):
