@@ -38,6 +38,11 @@ PIVOTS = (
     Pivot("train_step", "One optimizer step, end to end: our speed, and our time over that of", (OUR_RATIO, "speed")),
     Pivot("train_step", "The same: peak memory above model and data", ("peak memory",)),
     Pivot(
+        "train_step",
+        "The same: `linear_logp` in TRL's trainer, its time (on a CPU its CPU time) over that of TRL alone",
+        (train_step.OVER_TRL.format("CPU time"), train_step.OVER_TRL.format("time")),
+    ),
+    Pivot(
         "growth",
         "One step of one long pair: our peak memory above model and data, and its ratio to that of (powers: of each)",
         (train_step.OUR_MEMORY_RATIO, "peak memory", growth.POWER.format("peak memory")),

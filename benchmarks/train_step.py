@@ -1,5 +1,6 @@
 """How long does one optimizer step take, end to end, beside TRL's DPOTrainer on the same model and pairs?"""
 
+import contextlib
 import math
 import random
 import statistics
@@ -25,10 +26,12 @@ from benchmarks.harness import (
     synchronize,
 )
 from benchmarks.table import Table, installed
+from hdpo_train.in_trl import linear_logp_in_trl
 
 OURS, TRL = "hdpo_train", "trl"
-UNSHARED = f"{OURS}, prompts twice"
+UNSHARED, IN_TRL = f"{OURS}, prompts twice", f"{TRL}, linear_logp"
 OUR_CPU_RATIO, OUR_MEMORY_RATIO = "our CPU time / its CPU time", "our peak / its peak"
+OVER_TRL = "{} / trl's"  # time, CPU time and peak memory of linear_logp in TRL
 WARM_UP, STEPS = 1, 6  # optimizer steps of a run: not timed, timed
 Lengths = tuple[int, int, int]  # tokens of prompt, chosen and rejected
 
@@ -102,7 +105,8 @@ def _like_gsm8k(model: Setup) -> Setup:
 def measure(
     table: Table, setup: Setup, contestants: Sequence[Contestant], rounds: int, deadline: Deadline = NEVER
 ) -> None:
-    compare(table, "train_step", setup, present(contestants), deadline)
+    names = present(contestants)
+    compare(table, "train_step", setup, [*names, *[IN_TRL] * (TRL in names)], deadline)
 
 
 def present(contestants: Sequence[Contestant]) -> list[str]:
@@ -121,7 +125,7 @@ def compare(table: Table, question: str, setup: Setup, names: Sequence[str], dea
             if order is names:
                 deadline.check(slowest)
             begin = time.monotonic()
-            run, status = None, "not installed" if name == TRL and not installed(TRL) else ""
+            run, status = None, "not installed" if package(name) and not installed(TRL) else ""
             if not status:
                 run, status = attempt(partial(train, name, setup, table.device))
             slowest = max(slowest, time.monotonic() - begin)
@@ -154,10 +158,14 @@ def compare(table: Table, question: str, setup: Setup, names: Sequence[str], dea
         add("peak memory", (peaks[name],), "MiB")
         if compared:
             add(OUR_MEMORY_RATIO, (peaks[OURS] / peaks[name],), "×")
+        if name == IN_TRL and TRL in runs:
+            for metric, _, clock in clocks:
+                add(OVER_TRL.format(metric), ratio(pooled(name, clock), pooled(TRL, clock)), "×")
+            add(OVER_TRL.format("peak memory"), (peaks[name] / peaks[TRL],), "×")
 
 
 def package(name: str) -> str:
-    return TRL if name == TRL else ""
+    return TRL if name in (TRL, IN_TRL) else ""
 
 
 class Run(NamedTuple):
@@ -184,7 +192,8 @@ def train(name: str, setup: Setup, device: str) -> Run:
 
 def _train(name: str, setup: Setup, device: str) -> Run:
     start_afresh()
-    with tempfile.TemporaryDirectory() as folder:
+    inside = linear_logp_in_trl() if name == IN_TRL else contextlib.nullcontext()
+    with tempfile.TemporaryDirectory() as folder, inside:
         return timed(_trainer(name, setup, device, Path(folder)), device)
 
 
@@ -247,7 +256,7 @@ def make_trainer(
     """DPO (α = 1) with the reference's log-probs computed beforehand, all options that both trainers have the same.
 
     Args:
-        name: TRL, or else ours.
+        name: TRL or IN_TRL, or else ours.
         folder: for what the run writes.
         records: prompt, chosen and rejected of each pair.
         options: of the run, beside those that all runs here have.
@@ -266,7 +275,7 @@ def make_trainer(
         **options,
     }
     given = {"model": model, "train_dataset": Dataset.from_list(list(records)), "processing_class": tokenizer}
-    if name != TRL:
+    if not package(name):
         from hdpo_train import HDPOConfig, HDPOTrainer
 
         return HDPOTrainer(args=HDPOConfig(ref_cache_dir=str(folder / "reference"), **options), **given)

@@ -1,5 +1,6 @@
 """README.md and docs/: commands and snippets run, tables are those of the result files, links lead somewhere."""
 
+import importlib.util
 import json
 import re
 import shlex
@@ -84,7 +85,7 @@ def test_commands_run_in_order(folder):
 
 
 def test_readme_snippet_of_the_kernels_runs(folder):
-    snippet, _ = blocks("python")
+    snippet, *_ = blocks("python")
     result = python(folder, "-c", snippet)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "tensor(" in result.stdout
@@ -96,6 +97,15 @@ def test_readme_diff_for_trl_users_runs(folder):
     result = python(folder, "-c", after.replace('"out"', '"out-diff"'))
     assert result.returncode == 0, result.stderr[-2000:]
     assert (folder / "out-diff" / "metrics.jsonl").exists()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="TRL is not installed")
+def test_snippet_for_those_who_stay_in_trl_runs(folder):
+    _, _, snippet = blocks("python")
+    snippet = snippet.replace('"out-trl"', '"out-trl", use_cpu=True')  # TRL's bf16, its default, asks for it elsewhere
+    result = python(folder, "-c", snippet)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "'mean_token_accuracy'" in result.stdout
 
 
 def test_tables_are_those_of_the_results():

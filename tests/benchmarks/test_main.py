@@ -121,7 +121,7 @@ def test_quick_run_end_to_end(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     rows = read(tmp_path / "cpu.csv")
     names = (contestant.name for contestant in CONTESTANTS if contestant.has_backward)
-    contestants = {"three GEMMs", "hdpo_train", "hdpo_train, prompts twice", *names}
+    contestants = {"three GEMMs", "hdpo_train", "hdpo_train, prompts twice", "trl, linear_logp", *names}
     assert {row["contestant"] for row in rows} == contestants
     assert not [row for row in rows if row["status"].startswith(("wrong", "failed"))]
     assert (tmp_path / "cpu-time.png").exists()

@@ -12,7 +12,7 @@ from benchmarks.contest import OUR_RATIO
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.harness import Deadline, OutOfTime
 from benchmarks.table import Table, installed
-from benchmarks.train_step import OUR_CPU_RATIO, OUR_MEMORY_RATIO, OURS, TRL, Run
+from benchmarks.train_step import IN_TRL, OUR_CPU_RATIO, OUR_MEMORY_RATIO, OURS, OVER_TRL, TRL, Run
 
 (SETUP,) = train_step.shapes("cpu", quick=True)
 
@@ -25,16 +25,19 @@ def test_measure_takes_turns_by_runs(monkeypatch):
         order.append(name)
         if name == OURS:
             return Run([1.0, 2.0], [0.5, 0.75], 64.0, [0.6931])
-        return Run([2.0, 4.0], [4.0, 6.0], 256.0, [0.6931])
+        part = 0.5 if name == IN_TRL else 1.0
+        return Run([part * 2.0, part * 4.0], [part * 4.0, part * 6.0], part * 256.0, [0.6931])
 
     monkeypatch.setattr(train_step, "train", train)
     table = Table("cpu")
     train_step.measure(table, SETUP, CONTESTANTS, rounds=1)
-    assert order == [OURS, TRL, TRL, OURS]
+    assert order == [OURS, TRL, IN_TRL, IN_TRL, TRL, OURS]
     figures = {(row["contestant"], row["metric"]): float(row["value"]) for row in table.rows}
     ratios = {metric: figures[TRL, metric] for metric in (OUR_RATIO, OUR_CPU_RATIO, OUR_MEMORY_RATIO)}
     assert ratios == {OUR_RATIO: 0.5, OUR_CPU_RATIO: 0.125, OUR_MEMORY_RATIO: 0.25}
     assert figures[OURS, "CPU time"] == 625 and not {(OURS, ratio) for ratio in ratios} & figures.keys()
+    over_trl = {(who, metric): value for (who, metric), value in figures.items() if metric.endswith("/ trl's")}
+    assert over_trl == {(IN_TRL, OVER_TRL.format(metric)): 0.5 for metric in ("time", "CPU time", "peak memory")}
     assert figures[OURS, "speed"] == pytest.approx(SETUP.batch_tokens / 1.5, rel=1e-3)
 
 
@@ -71,7 +74,10 @@ def test_records_have_the_lengths_of_their_setup():
 
 
 @pytest.mark.skipif(not installed(TRL), reason="TRL is not installed")
-@pytest.mark.parametrize(("seconds", "runs"), [(29, [OURS, TRL]), (41, [OURS, TRL, TRL, OURS]), (15, [OURS])])
+@pytest.mark.parametrize(
+    ("seconds", "runs"),
+    [(39, [OURS, TRL, IN_TRL]), (61, [OURS, TRL, IN_TRL, IN_TRL, TRL, OURS]), (15, [OURS])],
+)
 def test_measure_takes_the_turns_that_the_deadline_allows(seconds, runs, monkeypatch):
     """A run takes ten seconds; one of each trainer, or two."""
     now, order = [0.0], []

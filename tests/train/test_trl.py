@@ -6,6 +6,7 @@ from datasets import Dataset
 
 from hdpo_kernels.pair import LOSS_TYPES
 from hdpo_train import HDPOConfig, HDPOTrainer
+from hdpo_train.in_trl import linear_logp_in_trl
 from tests.train.tiny import make_model, make_records
 
 STEPS = 20
@@ -17,25 +18,34 @@ def losses_and_parameters(trainer) -> tuple[list[float], torch.Tensor]:
     return losses, torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
 
-def both(tokenizer, tmp_path, steps: int, **options) -> tuple:
-    """This trainer and TRL's, on the same model, pairs and options."""
-    trl = pytest.importorskip("trl")
+def options_of_both(steps: int, **options) -> dict:
     common = dict(
         max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-3, lr_scheduler_type="linear", beta=0.3,
         logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, bf16=False, seed=3,
-        max_length=None, gradient_checkpointing=False, **options,
+        max_length=None, gradient_checkpointing=False,
     )  # fmt: skip
-    records = make_records(20)
+    return {**common, **options}
 
-    def given():
-        return dict(model=make_model(), train_dataset=Dataset.from_list(records), processing_class=tokenizer)
 
-    ours = HDPOTrainer(
-        args=HDPOConfig(output_dir=str(tmp_path / "ours"), ref_cache_dir=str(tmp_path / "ref"), alpha=1.0, **common),
-        **given(),
-    )
-    args = trl.DPOConfig(output_dir=str(tmp_path / "theirs"), precompute_ref_log_probs=True, **common)
-    return ours, trl.DPOTrainer(args=args, **given())
+def arguments_of_both(tokenizer, family: str = "llama") -> dict:
+    records = Dataset.from_list(make_records(20))
+    return dict(model=make_model(family), train_dataset=records, processing_class=tokenizer)
+
+
+def their_trainer(tokenizer, folder, steps: int, family: str = "llama", **options):
+    trl = pytest.importorskip("trl")
+    options = {"precompute_ref_log_probs": True, **options}
+    args = trl.DPOConfig(output_dir=str(folder / "theirs"), **options_of_both(steps, **options))
+    reference = None if options["precompute_ref_log_probs"] else make_model(family)  # else TRL looks for it on the hub
+    return trl.DPOTrainer(args=args, ref_model=reference, **arguments_of_both(tokenizer, family))
+
+
+def both(tokenizer, tmp_path, steps: int, **options) -> tuple:
+    """This trainer and TRL's, on the same model, pairs and options."""
+    theirs = their_trainer(tokenizer, tmp_path, steps, **options)
+    folders = {"output_dir": str(tmp_path / "ours"), "ref_cache_dir": str(tmp_path / "ref")}
+    args = HDPOConfig(**folders, alpha=1.0, **options_of_both(steps, **options))
+    return HDPOTrainer(args=args, **arguments_of_both(tokenizer)), theirs
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}], ids=["", "accumulation"])
@@ -71,3 +81,37 @@ def test_every_loss_takes_the_steps_of_trl(tokenizer, tmp_path, options):
     assert moved > 1e-3 and off.mean() < 1e-4 * moved and off.max() < 0.05 * moved
     ours, theirs = ([line["rewards/chosen"] for line in t.state.log_history if "loss" in line] for t in trainers)
     assert ours == pytest.approx(theirs, rel=1e-4, abs=2e-5)
+
+
+CLOCKS = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"family": "phi", "precompute_ref_log_probs": False, "loss_type": ["ipo", "sft"], "learning_rate": 1e-2},
+    ],
+    ids=["", "a bias, a reference model, a mix of losses"],
+)
+def test_trl_takes_the_same_steps_with_linear_logp_inside(tokenizer, tmp_path, options):
+    before = their_trainer(tokenizer, tmp_path, 5, **options)
+    their_parameters = losses_and_parameters(before)[1]
+    with linear_logp_in_trl():
+        after = their_trainer(tokenizer, tmp_path, 5, **options)
+        our_parameters = losses_and_parameters(after)[1]
+    off = (our_parameters - their_parameters).abs()
+    step = before.args.learning_rate  # about what Adam's first one moves a weight by
+    assert off.max() < 0.02 * step and off.mean() < 1e-4 * step  # measured: 0.008 and 4e-6
+    for theirs, ours in zip(before.state.log_history, after.state.log_history, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in theirs.keys() - CLOCKS:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-6, abs=1e-6), name
+
+
+def test_trl_takes_steps_with_the_sampled_gradient_of_linear_logp(tokenizer, tmp_path):
+    losses, parameters = losses_and_parameters(their_trainer(tokenizer, tmp_path, 5))
+    with linear_logp_in_trl(gradient="sampled", epsilon=2**-5):
+        sampled, others = losses_and_parameters(their_trainer(tokenizer, tmp_path, 5))
+    assert sampled[0] == pytest.approx(losses[0], abs=2e-6)  # before the first step, the gradient has no part in it
+    assert sampled == pytest.approx(losses, rel=0.05) and not torch.equal(parameters, others)

@@ -1,0 +1,119 @@
+"""`linear_logp` under TRL's own DPOTrainer: a stand-in for TRL's chunked log-prob function, and its metrics."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hdpo_kernels import linear_logp
+from hdpo_kernels.checks import check_gradient
+from hdpo_kernels.lm_head import HeadOptions
+
+VERSION = "1.16."  # of TRL: the one whose trainer takes the same steps with and without (tests/train/test_trl.py)
+_HERE = ("log_probs", "entropy", "mean_logits", "is_top1")
+_BLOCK = 256  # rows whose logits the metrics hold at a time
+_SURE = 1e-3  # nats: more than an entropy or a log-prob is off by rounding
+
+
+@contextmanager
+def linear_logp_in_trl(
+    gradient: str = "exact", epsilon: float = 2**-10, chunk_bytes: int | None = None
+) -> Iterator[None]:
+    """While it is open, TRL's DPOTrainer computes log-probs with `linear_logp`: losses, steps and metrics stay TRL's.
+
+    It stands in for `trl.trainer.utils._ChunkedLogProbFunction`, which DPOTrainer calls at the head for policy and
+    reference, whatever its options are.
+
+    Args:
+        gradient: "exact" or "sampled", of `linear_logp`.
+        epsilon: of "sampled".
+        chunk_bytes: most bytes of logits and their gradient held at a time; None: `linear_logp`'s default.
+
+    Raises:
+        ValueError: an option that `linear_logp` does not have.
+        RuntimeError: TRL is not 1.16.
+        NotImplementedError: in the trainer's first step, for use_weighting, DeepSpeed's ZeRO-3, or a trainer that
+            divides logits by a temperature.
+    """
+    import trl
+    import trl.trainer.utils as seam
+
+    check_gradient(gradient, epsilon)
+    HeadOptions(chunk_bytes=chunk_bytes)
+    if not trl.__version__.startswith(VERSION):
+        raise RuntimeError(f"linear_logp fits under TRL {VERSION}*, and {trl.__version__} is installed: use that one")
+    score = partial(_score, {"gradient": gradient, "epsilon": epsilon, "chunk_bytes": chunk_bytes})
+    before, seam._ChunkedLogProbFunction = seam._ChunkedLogProbFunction, SimpleNamespace(apply=score)
+    try:
+        yield
+    finally:
+        seam._ChunkedLogProbFunction = before
+
+
+def _score(
+    options: dict[str, Any],
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor,  # (N,), all of them in the vocabulary
+    temperature: float,
+    vocab_tile: int,  # of TRL's tiles: pieces here are cut by rows
+    softcap: float | None,
+    logit_scale: float,
+    outputs: tuple[str, ...],
+) -> tuple[Tensor | None, ...]:
+    """log_probs, entropy, log_sum_sq_probs, mean_logits and is_top1, each (N,); None where not among the outputs."""
+    if missing := [name for name in outputs if name not in _HERE]:
+        raise NotImplementedError(f"linear_logp has no {', '.join(missing)}: set use_weighting=False, or leave it out")
+    if temperature != 1.0:
+        raise NotImplementedError(f"linear_logp is fitted to DPOTrainer, which has no temperature, got {temperature}")
+    if hasattr(weight, "ds_id"):
+        raise NotImplementedError("ZeRO-3 takes the head's weight away before linear_logp's backward: use FSDP2 or DDP")
+    logp, entropy = linear_logp(hidden, weight, labels, bias=bias, softcap=softcap, logit_scale=logit_scale, **options)
+    head = hidden, weight, bias, logit_scale
+    return (
+        logp,
+        entropy if "entropy" in outputs else None,
+        None,
+        _mean_logits(*head, softcap) if "mean_logits" in outputs else None,
+        _is_top1(*head, labels, logp, entropy) if "is_top1" in outputs else None,
+    )
+
+
+@torch.no_grad()
+def _mean_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None
+) -> Tensor:
+    """Of each row, over the vocabulary: the logit of the mean weight. NaN with a softcap, where that is not so."""
+    mean = weight.mean(0, dtype=torch.float32)
+    logits = torch.cat([(block.float() * mean).sum(1) for block in hidden.split(_BLOCK)])
+    logits = logit_scale * (logits if bias is None else logits + bias.mean(dtype=torch.float32))
+    return logits if softcap is None else torch.full_like(logits, torch.nan)
+
+
+@torch.no_grad()
+def _is_top1(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    labels: Tensor,
+    logp: Tensor,
+    entropy: Tensor,
+) -> Tensor:
+    """Whether the label is the first of the likeliest tokens.
+
+    It is where it has more than half of the probability. It is not where log p < −entropy, which is the mean of all
+    log-probs and no larger than the largest of them. The logits of the rows between are computed once more.
+    """
+    top = logp > -0.693
+    between = ((logp >= -entropy - _SURE) & (logp <= -0.693 + _SURE)).nonzero().squeeze(1)
+    for rows in between.split(_BLOCK):
+        logits = logit_scale * F.linear(hidden[rows], weight, bias)
+        top[rows] = logits.argmax(1) == labels[rows]
+    return top
