@@ -1,5 +1,6 @@
 """`linear_logp` under TRL's own DPOTrainer: a stand-in for TRL's chunked log-prob function, and its metrics."""
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -41,8 +42,8 @@ def linear_logp_in_trl(
             divides logits by a temperature.
     """
     import trl
-    import trl.trainer.utils as seam
 
+    seam: Any = importlib.import_module("trl.trainer.utils")
     check_gradient(gradient, epsilon)
     HeadOptions(chunk_bytes=chunk_bytes)
     if not trl.__version__.startswith(VERSION):
