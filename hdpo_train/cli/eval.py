@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from accelerate import PartialState
 from transformers.utils import logging
 
 from hdpo_train.cli.judging import (
@@ -29,7 +30,7 @@ from hdpo_train.evaluation.scores import Evaluation
 from hdpo_train.files import write_whole
 from hdpo_train.model.loading import in_gguf
 from hdpo_train.parser import Parser, WideHelp, add_option
-from hdpo_train.run.lock import locked
+from hdpo_train.processes import group, locked_by_main
 from hdpo_train.run.output_dir import check_output_dir
 
 RESULTS_FILE, TABLE_FILE, PLOT_FILE = "results.json", "results.md", "results.png"
@@ -51,12 +52,14 @@ Killed, the same command goes on where it was. results.json, results.md and resu
 def main(argv: list[str]) -> None:
     options = _parser().parse(argv)
     logging.disable_progress_bar()
-    with locked(folder := check_output_dir(options.output_dir)):  # two at once would tear each other's samples
-        _evaluate(options, folder)
+    folder = check_output_dir(options.output_dir)
+    with group() as processes, locked_by_main(processes, folder):  # two at once would tear each other's samples
+        evaluations = run(options, processes)
+        if processes.is_main_process:
+            _write(evaluations, folder)
 
 
-def _evaluate(options: argparse.Namespace, folder: Path) -> None:
-    evaluations = run(options)
+def _write(evaluations: Sequence[Evaluation], folder: Path) -> None:
     text = json.dumps([asdict(each) for each in evaluations], indent=2, ensure_ascii=False)
     table = markdown(evaluations)
     write_whole(folder / RESULTS_FILE, text + "\n")
@@ -65,8 +68,8 @@ def _evaluate(options: argparse.Namespace, folder: Path) -> None:
     print(f"{table}\n\nWritten: {', '.join(str(folder / name) for name in written)}")
 
 
-def run(options: argparse.Namespace) -> list[Evaluation]:
-    """Evaluations of models, then of ready-made samples. Raises ValueError, OSError.
+def run(options: argparse.Namespace, processes: PartialState) -> list[Evaluation]:
+    """Evaluations of models, then of ready-made samples; only of the main process. Raises ValueError, OSError.
 
     What can be refused without a model is refused before the first is loaded. A KeyboardInterrupt says what is drawn.
     """
@@ -92,7 +95,10 @@ def run(options: argparse.Namespace) -> list[Evaluation]:
             path = folder / f"samples-{name}.jsonl"
             samplers.append(make_sampler(model, problems, settings.sampling, path, options, name=name))
         for model, sampler in zip(models, samplers, strict=True):
-            evaluations.append(grade(sampler.name, problems, checker, samples_of(model, sampler, options), settings))
+            samples_of(model, sampler, options, processes)
+        if not processes.is_main_process:
+            return []
+        evaluations += [grade(each.name, problems, checker, each.samples, settings) for each in samplers]
         for (samples, of_file), name in zip(ready_made, names[len(models) :], strict=True):
             evaluations.append(grade(name, problems, checker, samples, of_file))
     except KeyboardInterrupt:

@@ -9,8 +9,11 @@ import gc
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from hdpo_train.evaluation.checkers import Checker, make_checker
 from hdpo_train.evaluation.evaluate import check_records
@@ -20,6 +23,7 @@ from hdpo_train.evaluation.samples import Sample
 from hdpo_train.model.fingerprint import files_fingerprint
 from hdpo_train.model.loading import load_model, load_tokenizer
 from hdpo_train.parser import OptionGroup, add_option
+from hdpo_train.ranks import together
 
 _CHECKERS = """\
 What decides whether a completion is right. gsm8k compares final numbers, choice compares letters, regex:PATTERN (or
@@ -115,13 +119,24 @@ def make_sampler(
     return sampler
 
 
-def samples_of(model_name_or_path: str, sampler: Sampler, options: argparse.Namespace) -> list[Sample]:
-    """The sampler's samples. A model is loaded only if some are missing, and freed afterwards."""
+def samples_of(
+    model_name_or_path: str, sampler: Sampler, options: argparse.Namespace, processes: PartialState
+) -> list[Sample]:
+    """The sampler's samples. A model is loaded only if some are missing, and freed afterwards.
+
+    Raises ValueError if processes do not go on from the same samples.
+    """
+    missing = gather_object([sampler.missing])
+    if len(set(missing)) > 1:
+        raise ValueError(
+            f"{sampler.name}: the processes lack {', '.join(map(str, missing))} batches of samples; the output must be "
+            "in a folder that all of them see"
+        )
     if not sampler.missing:
         return sampler.samples
     kwargs = {"dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
-    model = load_model(model_name_or_path, kwargs)
-    samples = sampler.run(model.to("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
+    model: Any = together(lambda: load_model(model_name_or_path, kwargs).to(processes.device))  # type: ignore[arg-type]
+    samples = sampler.run(model, processes)
     del model
     gc.collect()
     torch.cuda.empty_cache()

@@ -5,6 +5,7 @@ Nothing heavy is imported before the command is known: help, and a command that 
 
 import importlib
 import io
+import os
 import sys
 
 from hdpo_train.cli.errors import end, run_command
@@ -47,6 +48,9 @@ def main(argv: list[str] | None = None) -> None:
     if name not in COMMANDS:
         near = did_you_mean(name, COMMANDS)
         end("hdpo-train", f"no command {name!r}{near or '; there are ' + ', '.join(COMMANDS)}", 2)
+
+    if os.environ.get("RANK", "0") != "0":
+        os.environ.setdefault("TQDM_DISABLE", "1")  # one process shows progress; tqdm reads this when it is imported
 
     def command(argv: list[str]) -> None:
         importlib.import_module(f"hdpo_train.cli.{name}").main(argv)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -31,7 +32,7 @@ from hdpo_train.evaluation.samples import Sample, read_samples
 from hdpo_train.files import write_whole
 from hdpo_train.model.loading import in_gguf
 from hdpo_train.parser import Parser, UsageError, WideHelp, add_option
-from hdpo_train.run.lock import locked
+from hdpo_train.processes import group, locked_by_main
 from hdpo_train.run.output_dir import check_output_dir
 
 ENDING = ".jsonl"
@@ -62,12 +63,16 @@ def main(argv: list[str]) -> None:
     if not output.name.endswith(ENDING) or output.is_dir():
         raise ValueError(f"--output must be a file whose name ends in {ENDING}, got {options.output}")
     logging.disable_progress_bar()
-    with locked(check_output_dir(str(output.parent), "--output"), output.name):
-        print(run(options, output))
+    folder = check_output_dir(str(output.parent), "--output")
+    with group() as processes, locked_by_main(processes, folder, output.name):
+        if text := run(options, output, processes):
+            print(text)
 
 
-def run(options: argparse.Namespace, output: Path) -> str:
+def run(options: argparse.Namespace, output: Path, processes: PartialState) -> str | None:
     """Write pairs and summary, and the samples of a model beside them; returns what to print.
+
+    A process that is not the main one only draws samples, and returns None.
 
     Raises ValueError, OSError. What can be refused without a model is refused before it is loaded. A KeyboardInterrupt
     says what is there.
@@ -83,7 +88,9 @@ def run(options: argparse.Namespace, output: Path) -> str:
     problems, checker = load_judged_problems(options, options.limit)
     name = output.name.removesuffix(ENDING)
     try:
-        samples = _samples(options, problems, sampling, samples_file, name)
+        samples = _samples(options, problems, sampling, samples_file, name, processes)
+        if not processes.is_main_process:
+            return None
         judged, pairs, unmatched = _pairs(options, problems, checker, samples, name)
     except KeyboardInterrupt:
         has = f"{samples_file} has what is drawn, and " if samples_file.exists() else ""
@@ -99,14 +106,19 @@ def run(options: argparse.Namespace, output: Path) -> str:
 
 
 def _samples(
-    options: argparse.Namespace, problems: list[Problem], sampling: SamplingOptions, path: Path, name: str
+    options: argparse.Namespace,
+    problems: list[Problem],
+    sampling: SamplingOptions,
+    path: Path,
+    name: str,
+    processes: PartialState,
 ) -> list[Sample]:
     if options.samples:
         return read_samples(Path(options.samples), problems, sampling.stop)
     model = in_gguf(options.model_name_or_path, options.gguf_file)
     sampler = make_sampler(model, problems, sampling, path, options, name=name, entropy=False)
     _check_chats(problems, sampler.tokenizer)
-    return samples_of(model, sampler, options)
+    return samples_of(model, sampler, options, processes)
 
 
 def _pairs(

@@ -12,6 +12,7 @@ from hdpo_train.evaluation.evaluate import DEFAULT_K, EvalOptions
 from hdpo_train.model.loading import in_gguf, load_tokenizer
 from hdpo_train.options import TrainingParser, parse_options, with_file
 from hdpo_train.parser import Parser, UsageError, WideHelp
+from hdpo_train.processes import alone
 from hdpo_train.run.output_dir import check_output_dir
 from hdpo_train.sweep import report as sweep_report
 from hdpo_train.sweep.run import (
@@ -49,6 +50,7 @@ It can be stopped and started again at any time. sweep.md and sweep.png in the f
 
 
 def main(argv: list[str]) -> None:
+    process = alone()
     options, training = _parser().split(argv, also=TrainingParser()._option_string_actions)
     training = with_file(training)
     for word in training:
@@ -90,10 +92,11 @@ def main(argv: list[str]) -> None:
         k=options.k or tuple(k for k in DEFAULT_K if k <= options.num_samples),
         self_bleu=options.self_bleu,
     )
-    if 1.0 not in options.alpha:
+    if 1.0 not in options.alpha and process.number == 0:
         print("α = 1 (DPO), which the others are compared with, is added.")
-    result = sweep(folder, source, Plan(options.alpha, options.seeds, tuple(training), evaluation))
-    print(f"\n{sweep_report.markdown(result)}\n\n{folder / sweep_report.REPORT_FILE}, {sweep_report.PLOT_FILE}")
+    result = sweep(folder, source, Plan(options.alpha, options.seeds, tuple(training), evaluation), process)
+    if process.number == 0:
+        print(f"\n{sweep_report.markdown(result)}\n\n{folder / sweep_report.REPORT_FILE}, {sweep_report.PLOT_FILE}")
 
 
 def _check_pairs(model: str, pairs: str, training: Sequence[str]) -> None:

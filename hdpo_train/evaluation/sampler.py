@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.utils import logging
@@ -31,6 +32,7 @@ from hdpo_train.model.generation import (
     positions,
 )
 from hdpo_train.model.head import HeadTransform, UnsupportedHead, bare, find_transform
+from hdpo_train.processes import dealt
 
 logger = logging.get_logger(__name__)
 
@@ -116,14 +118,18 @@ class Sampler:
         """Number of batches that are to be drawn."""
         return len(self._batches) - self._num_drawn
 
-    def run(self, model: PreTrainedModel) -> list[Sample]:
+    def run(self, model: PreTrainedModel, processes: PartialState | None = None) -> list[Sample]:
         """Draw what is missing; returns all samples.
+
+        processes: they draw batches in turns, so that every batch is the one that a single process draws. All of them
+        call this, and get all samples; the main one appends them to the file.
 
         Raises ValueError if a prompt and max_new_tokens do not fit the model, FloatingPointError where logits are not
         finite. A head that is not softcap(scale · (h Wᵀ + b)) gives no entropy, and a warning.
         """
         _check_lengths(model, self._prompt_ids, self.options.max_new_tokens)
         transform = _transform_or_warn(model) if self.entropy else None
+        is_main = processes is None or processes.is_main_process
         progress = tqdm(
             total=len(self._batches), initial=self._num_drawn, desc=f"Sampling, {self.name}", unit="batch", leave=False
         )
@@ -132,9 +138,9 @@ class Sampler:
             drawing(model),
             own_distribution(model, self.tokenizer, self.options.max_new_tokens) as ends,
         ):
-            for number in range(self._num_drawn, len(self._batches)):
-                samples = self._draw(model, self._batches[number], number, ends, transform)
-                if self._file is not None:
+            numbers = range(self._num_drawn, len(self._batches))
+            for samples in dealt(numbers, lambda number: self._draw(model, number, ends, transform), processes):
+                if self._file is not None and is_main:
                     self._file.append(samples)
                 self.samples += samples
                 self._num_drawn += 1
@@ -143,8 +149,9 @@ class Sampler:
 
     @torch.no_grad()
     def _draw(
-        self, model: PreTrainedModel, batch: list[Request], number: int, ends: set[int], transform: HeadTransform | None
+        self, model: PreTrainedModel, number: int, ends: set[int], transform: HeadTransform | None
     ) -> list[Sample]:
+        batch = self._batches[number]
         temperature = batch[0].temperature
         prompts = [self._prompt_ids[request.prompt] for request in batch]
         torch.manual_seed(_seed(self.options.seed, temperature, number))

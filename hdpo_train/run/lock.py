@@ -31,23 +31,23 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_held.clear)  # the lock is the parent's
 
 
-def lock(folder: str | Path, file: str = "") -> None:
+def lock(folder: str | Path, file: str = "") -> bool:
     """Take the folder for this process until `unlock` or its end. Taking it twice does nothing.
 
+    Returns whether this process has it; where the platform or the file system has no locks, one warning says so.
     file: take this one of its files only, and leave the others, and the folder, to other processes.
 
-    Raises FileExistsError, naming the process that has it, if that is another one. Where the platform or the file
-    system has no locks, one warning says so.
+    Raises FileExistsError, naming the process that has it, if that is another one.
     """
     path = _lock_path(folder, file)
     if path in _held:
-        return
+        return True
     if not path.parent.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         _made.add(path.parent)
     if fcntl is None:
         logger.warning_once("this platform has no file locks: see to it that no two runs write to one folder")
-        return
+        return False
     while path not in _held:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -65,7 +65,7 @@ def lock(folder: str | Path, file: str = "") -> None:
                     f"{folder} cannot be locked ({error.strerror}): see to it that no second run writes there"
                 )
                 path.unlink(missing_ok=True)
-                return
+                return False
             raise
         if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
             _held[path] = descriptor
@@ -73,6 +73,7 @@ def lock(folder: str | Path, file: str = "") -> None:
             os.close(descriptor)
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n".encode())
+    return True
 
 
 def unlock(folder: str | Path, file: str = "") -> None:
@@ -84,11 +85,11 @@ def unlock(folder: str | Path, file: str = "") -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: str | Path, file: str = "") -> Iterator[None]:
+def locked(folder: str | Path, file: str = "") -> Iterator[bool]:
     """`lock`, then `unlock`."""
-    lock(folder, file)
+    has_it = lock(folder, file)
     try:
-        yield
+        yield has_it
     finally:
         unlock(folder, file)
 

@@ -11,6 +11,7 @@ A model's folder has its name once the model is whole (before: *.partial), and a
 there is not done again.
 """
 
+import contextlib
 import gc
 import json
 import math
@@ -35,6 +36,7 @@ from hdpo_train.evaluation.scores import Evaluation
 from hdpo_train.files import contents_digest, write_whole
 from hdpo_train.model.loading import load_model, load_tokenizer
 from hdpo_train.options import parse_options
+from hdpo_train.processes import Alone
 from hdpo_train.run.lock import LOCK_FILE, locked
 from hdpo_train.sweep import report as sweep_report
 from hdpo_train.sweep.report import Sweep
@@ -171,49 +173,62 @@ class Plan:
         return {**chosen, **evaluation}
 
 
-def sweep(folder: Path, source: Source, plan: Plan) -> Sweep:
+def sweep(folder: Path, source: Source, plan: Plan, process: Alone | None = None) -> Sweep:
     """All runs that are not in the folder yet, and the report of all that are. α = 1 is always among them.
 
+    process: one of several that all call this, and take runs from each other; process 0 writes the report.
+
     Raises ValueError, naming the options, if the folder holds a sweep of other settings, FileExistsError if it holds
-    something else or another process has it, and FloatingPointError, naming the run, if one diverges.
+    something else or another sweep has it, and FloatingPointError, naming the run, if one diverges.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("a sweep runs in one process: start it without accelerate launch or torchrun")
-    with locked(folder):
-        return _sweep(folder, source, plan)
+        raise ValueError("a run of a sweep is of one process: call hdpo_train.processes.alone first, and pass it on")
+    process = process or Alone()
+    with contextlib.ExitStack() as held:
+
+        def begin() -> Plan:
+            if not held.enter_context(locked(folder)) and process.of > 1:
+                raise ValueError(f"{folder} cannot be locked, so that processes would do the same: start one only")
+            return _claim(folder, source, plan)
+
+        return _sweep(folder, source, process.told_by_first(begin), process)
 
 
-def _sweep(folder: Path, source: Source, plan: Plan) -> Sweep:
-    plan = _claim(folder, source, plan)
+def _sweep(folder: Path, source: Source, plan: Plan, process: Alone) -> Sweep:
     models: list[tuple[float | None, int]] = []  # (α, seed); without α: the model before training
     for seed in range(plan.seeds):
         models += [(None, seed)] if source.per_seed or seed == 0 else []
         models += [(alpha, seed) for alpha in plan.alphas]
     jobs = [_Job(alpha, seed, folder, source, plan) for alpha, seed in models]
-    for job in jobs:
-        if job.is_done:
-            job.evaluation()  # a file that is damaged is refused before hours of training
-    base: list[Evaluation] = []
-    runs: dict[float, list[Evaluation]] = {alpha: [] for alpha in plan.alphas}
-    durations: list[float] = []  # of those that were not there
-    for number, job in enumerate(jobs, 1):
-        if not job.is_done:
-            left = (len(jobs) - number + 1) * statistics.fmean(durations) if durations else None
-            time_left = f"; about {_duration(left)} left" if left else ""
-            print(f"{number} of {len(jobs)}: {job.name}{time_left}", flush=True)
+    done = [each for each in jobs if each.is_done]
+    for each in done:
+        each.evaluation()  # a file that is damaged is refused before hours of training
+    durations: list[float] = []  # of those that this process has done
+    while left := [each for each in jobs if not each.is_done]:
+        with contextlib.ExitStack() as held:
+            job = next((each for each in left if each.take(held)), None)
+            if job is None:
+                time.sleep(0.5)  # others are at work. One that dies loses its lock, and its run is taken here
+                continue
+            number = f"{jobs.index(job) + 1} of {len(jobs)}"
+            time_left = statistics.fmean(durations) * math.ceil(len(left) / process.of) if durations else None
+            about = f"; about {_duration(time_left)} left" if time_left is not None else ""
+            print(f"{number}: {job.name}{about}", flush=True)
             started = time.perf_counter()
             try:
                 job.run()
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(
-                    f"interrupted in {number} of {len(jobs)}, {job.name}; those before it are finished, and the same "
-                    "command goes on from there"
+                    f"interrupted in {number}, {job.name}; what is finished stays, and the same command goes on from "
+                    "there"
                 ) from None
             durations.append(time.perf_counter() - started)
-        (base if job.alpha is None else runs[job.alpha]).append(job.evaluation())
-    print(f"{len(jobs)} models evaluated, {len(jobs) - len(durations)} of them before")
+    base = [each.evaluation() for each in jobs if each.alpha is None]
+    runs = {alpha: [each.evaluation() for each in jobs if each.alpha == alpha] for alpha in plan.alphas}
     result = Sweep(source.title, source.per_seed, base, runs)
-    sweep_report.write(result, folder)
+    if process.number == 0:
+        print(f"{len(jobs)} models evaluated, {len(done)} of them before")
+        sweep_report.write(result, folder)
     return result
 
 
@@ -247,6 +262,16 @@ class _Job:
     @property
     def temperatures(self) -> tuple[float, ...]:
         return self.plan.evaluation.temperatures if self.alpha == 1 else (1.0,)
+
+    def take(self, held: contextlib.ExitStack) -> bool:
+        """Whether this process can do the job, which it then has until the stack ends."""
+        if self.alpha is not None and not self.base_folder.exists():  # another process makes what it starts from
+            return False
+        try:
+            held.enter_context(locked(self.sweep, "-".join(self.folder.relative_to(self.sweep).parts)))
+        except FileExistsError:
+            return False
+        return not self.is_done
 
     def evaluation(self) -> Evaluation:
         """The evaluation, once it is finished. Raises ValueError for a damaged file."""

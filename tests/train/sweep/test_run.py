@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -177,6 +178,19 @@ def test_sweep_and_eval_refuse_a_folder_that_another_process_has(inputs, tmp_pat
         words = ["eval", "--prompts", "p.jsonl", "--checker", "gsm8k", "--samples", "s.jsonl", "--output_dir"]
         assert "in use by another process" in refused([*words, str(tmp_path)], capsys)
         other.communicate("\n")
+
+
+def test_sweep_does_a_run_of_a_process_that_died(inputs, swept, tmp_path, monkeypatch):
+    folder, names, run = tmp_path / "sweep", [], _Job.run
+    shutil.copytree(swept, folder)
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", hold, str(folder / f"{LOCK_FILE}-alpha-1.6-seed-0")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        other.stdout.readline()
+        monkeypatch.setattr(_Job, "run", lambda job: (names.append(job.name), run(job), other.kill()))
+        main(arguments(inputs, folder, alpha="1.6"))
+    assert names == ["α = 1.6, seed 1", "α = 1.6, seed 0"] and not list(folder.glob("_lock*"))
+    assert "| α = 1.6 |" in (folder / "sweep.md").read_text()
 
 
 def test_sweep_refuses_other_settings_and_names_them(inputs, swept, capsys):
