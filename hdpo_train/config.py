@@ -292,6 +292,13 @@ class PlanConfig(HDPOConfig):
             "80e9 bytes. Without a size: what is free on this GPU now."
         },
     )
+    shards: int = field(
+        default=1,
+        metadata={
+            "help": "Processes among which FSDP2 shares out weights, gradients and optimizer. With "
+            "--parallelism_config '{\"sp_size\": N}', N of them also share every sequence."
+        },
+    )
     on: str | None = field(
         default=None,
         metadata={
@@ -303,6 +310,14 @@ class PlanConfig(HDPOConfig):
     def __post_init__(self) -> None:
         self.use_cpu = self.use_cpu or self.on is not None  # transformers refuses options of a GPU where there is none
         super().__post_init__()
+        if self.shards < 1:
+            raise ValueError(f"shards must be 1 or more, got {self.shards}")
+
+    @property
+    def sp_size(self) -> int:
+        """Processes that share every sequence."""
+        config: Any = self.parallelism_config
+        return 1 if config is None else config.sp_size
 
     @property
     def device(self) -> torch.device:

@@ -1,6 +1,7 @@
 """HDPOTrainer: transformers.Trainer with the H-DPO loss, packed batches and a reference that is never in memory."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ from hdpo_train.model.generation import own_entropy
 from hdpo_train.model.head import attach_loss, bare, model_inputs
 from hdpo_train.model.loading import adapter_configs, check_trainable, load_model, load_tokenizer, make_policy
 from hdpo_train.model.packing import Layout, find_layout
-from hdpo_train.model.sequence_ranks import check_model
+from hdpo_train.model.sequence_ranks import check_model, probe
 from hdpo_train.model.tiles import tile_sequences, tile_tokens
 from hdpo_train.plan.room import wants_tiles
 from hdpo_train.ranks import (
@@ -40,6 +41,7 @@ from hdpo_train.ranks import (
     own_pairs,
     sequence_ranks,
     shards,
+    together,
     weights,
     without_sequence_ranks,
 )
@@ -171,7 +173,8 @@ class HDPOTrainer(ResumableTrainer):
             layout = find_layout(bare_models, self.args.packing, self.args.shared_prompt, longest)
             if self.sequence_ranks is not None:
                 for each in bare_models:
-                    check_model(each, layout, self.sequence_ranks, longest)
+                    check_model(each, layout, self.sequence_ranks.size, longest)
+                    together(functools.partial(probe, each, layout, self.sequence_ranks))
             return layout
 
     def _add_reference_logps(self, policy: Any, reference: Any, *, new_adapter: bool) -> None:
@@ -440,8 +443,9 @@ class HDPOTrainer(ResumableTrainer):
                 )
             return False
         if wanted is None and self.train_dataset is not None:
-            sharded = self.accelerator.num_processes if getattr(self.accelerator, "is_fsdp2", False) else 1
-            wanted = wants_tiles(models[0], args, self.layout, pair_lengths(self.train_dataset), sharded)  # type: ignore[arg-type]
+            lengths, ranks = pair_lengths(self.train_dataset), self.sequence_ranks  # type: ignore[arg-type]
+            shards = self.accelerator.num_processes if getattr(self.accelerator, "is_fsdp2", False) else 1
+            wanted = wants_tiles(models[0], args, self.layout, lengths, shards, 1 if ranks is None else ranks.size)
         if wanted:
             for each in models:
                 if reason := tile_tokens(bare(each), refuse=bool(args.tiled_layers)):

@@ -132,34 +132,33 @@ class _ToTokens(torch.autograd.Function):
         return None, *map(ctx.ranks.to_heads, grads)
 
 
-def check_model(model: PreTrainedModel, layout: Layout, ranks: SequenceRanks, longest: int) -> None:
-    """Raise ValueError, with the way out, if the model cannot run rows that are split over the ranks.
+def check_model(model: PreTrainedModel, layout: Layout, size: int, longest: int) -> None:
+    """Raise ValueError, with the way out, if by its config the model cannot run rows that are split over `size` ranks.
 
     longest: tokens of the longest sequence.
     """
     config, name = model.config.get_text_config(), type(model).__name__
     if not layout.packed or not attends_by_documents(config):
         raise ValueError(
-            f"sp_size={ranks.size} needs packed rows and attn_implementation sdpa or eager; {name} has "
+            f"sp_size={size} needs packed rows and attn_implementation sdpa or eager; {name} has "
             f"{layout} batches and {config._attn_implementation}"
         )
-    if config.num_attention_heads % ranks.size:
+    if config.num_attention_heads % size:
         raise ValueError(
-            f"sp_size={ranks.size} deals out the attention heads of {name}, and {config.num_attention_heads} cannot be "
+            f"sp_size={size} deals out the attention heads of {name}, and {config.num_attention_heads} cannot be "
             "divided by it: take a size that divides them"
         )
     varies = varies_beyond(model.config)
     if varies is not None and longest > varies:
         raise ValueError(
             f"beyond {varies} tokens the rotary positions of {name} depend on the longest sequence, which no rank of "
-            f"sp_size={ranks.size} sees whole: give max_length={varies} or less"
+            f"sp_size={size} sees whole: give max_length={varies} or less"
         )
-    _probe(model, layout, ranks)
 
 
 @torch.no_grad()
-def _probe(model: PreTrainedModel, layout: Layout, ranks: SequenceRanks) -> None:
-    """Raise ValueError unless tokens get the hidden states that they get in a whole row."""
+def probe(model: PreTrainedModel, layout: Layout, ranks: SequenceRanks) -> None:
+    """Raise ValueError unless tokens get the hidden states that they get in a whole row; to be called by all ranks."""
     vocab, device = model.config.get_text_config().vocab_size, model.get_output_embeddings().weight.device
     pairs: list[Any] = [tuple([token % vocab for token in part] for part in pair) for pair in _PAIRS]
     row = lay_out(pairs, layout, 0)
@@ -180,6 +179,6 @@ def _probe(model: PreTrainedModel, layout: Layout, ranks: SequenceRanks) -> None
     difference = (own[: len(expected)] - expected).norm() / whole.norm()
     if not difference < (1e-4 if model.dtype == torch.float32 else 5e-2):  # measured: 1e-7 and 4e-3
         raise ValueError(
-            f"{cannot}: its hidden states are then off by {difference:.0%}, so that its layers look at other tokens "
-            "elsewhere than in attention"
+            f"{cannot}: its hidden states are then off by {difference:.0%}. Either the ranks have different weights, or "
+            "its layers look at other tokens elsewhere than in attention"
         )

@@ -14,7 +14,7 @@ from hdpo_train.config import PlanConfig, ScriptArguments
 from hdpo_train.files import readable
 from hdpo_train.model.loading import max_positions
 from hdpo_train.plan.memory import Memory, MicroBatch
-from hdpo_train.plan.step import Build, by_kind, free_bytes, layout_of, peak_memory
+from hdpo_train.plan.step import Build, by_kind, free_bytes, layout_of, one_process, peak_memory
 
 _SIZE = re.compile(r"([0-9]+\.?[0-9]*(?:e[0-9]+)?) *(?:([KMGT])(i?)B|B?)", re.IGNORECASE)
 _SHORT = 8192  # tokens of a sequence: there, and at twice as many, memory has begun to be linear
@@ -65,9 +65,10 @@ def print_fit(
         layout = layout_of(config, option.args, builder(option.script))
 
         def memory(length: int) -> Memory:
-            batch = MicroBatch(layout, [_pair(length, option.args)])
+            batch = MicroBatch(layout, [_pair(length, option.args)], option.args.sp_size)
             # left to itself, a run turns to tiles where a step would not fit
-            return peak_memory(config, option.args, batch, builder(option.script), option.args.tiled_layers is None)
+            tiles = option.args.tiled_layers is None
+            return peak_memory(config, option.args, batch, builder(option.script), tiles, option.args.shards)
 
         return longest(memory, budget, 2 * _prompt(option.args), extrapolate)
 
@@ -187,13 +188,14 @@ def _describe(length: int, memory: Memory, budget: float, config: Any, args: Pla
     if not length:
         shortest = -(-2 * _prompt(args) // _MULTIPLE) * _MULTIPLE
         first = (
-            f"No pair fits into {readable(budget)} of one process on {args.device.type}. "
+            f"No pair fits into {readable(budget)} of {one_process(args).lower()} on {args.device.type}. "
             f"One of 2 × {shortest} tokens takes:"
         )
         return "\n".join([first, "", *by_kind(memory)])
     prompt, completion, _ = _pair(length, args)
     lines = [
-        f"Longest pair that fits into {readable(budget)} of one process on {args.device.type}: 2 × {length:,} tokens.",
+        f"Longest pair that fits into {readable(budget)} of {one_process(args).lower()} on {args.device.type}: "
+        f"2 × {length:,} tokens.",
         f"One pair a micro-batch; a prompt of {prompt} token{'s' * (prompt > 1)}, completions of {completion:,} each.",
         "",
         *by_kind(memory),

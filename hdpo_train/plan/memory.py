@@ -7,6 +7,7 @@ that are alike take the same: one of each kind is run, and what it adds is count
                        └─ forward and backward of one layer of each kind ── over all layers ─> … at theirs
 """
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer
@@ -28,6 +29,7 @@ from hdpo_train.model.attention import can_attend_by_documents
 from hdpo_train.model.head import HeadTransform, PairBatch, attach_loss, bare, head_of, model_inputs
 from hdpo_train.model.loading import backbone_of, disable_dropout
 from hdpo_train.model.packing import Layout, lay_out, use_layout
+from hdpo_train.model.sequence_ranks import SequenceRanks, check_model
 from hdpo_train.model.tiles import tile_sequences, tile_tokens
 from hdpo_train.plan.ledger import HOST, Ledger, Segment
 
@@ -40,6 +42,18 @@ class MicroBatch(NamedTuple):
 
     layout: Layout
     pairs: list[tuple[int, int, int]]  # tokens of prompt, chosen and rejected
+    ranks: int = 1  # processes that share them (sp_size)
+
+
+class _OneOf(SequenceRanks):
+    """The last of so many ranks, which has the most completion tokens. The others are not there."""
+
+    def __init__(self, size: int) -> None:
+        self.group: Any = None
+        self.rank, self.size = size - 1, size
+
+    def _exchange(self, parts: Tensor) -> Tensor:
+        return torch.empty_like(parts.contiguous())
 
 
 class Memory(NamedTuple):
@@ -62,14 +76,18 @@ class Memory(NamedTuple):
         return sum(self.device.values())
 
 
-def step_memory(model: nn.Module, args: HDPOConfig, batch: MicroBatch, tiles: bool = False) -> Memory:
-    """What an optimizer step on micro-batches of this size takes. The model stays as it is, and its weights unread.
+def step_memory(model: nn.Module, args: HDPOConfig, batch: MicroBatch, tiles: bool = False, shards: int = 1) -> Memory:
+    """What an optimizer step on micro-batches of this size takes of a process. The model stays as it is, unread.
 
     Args:
         model: a transformers or peft model on any device, "meta" too, with or without its loss attached.
         args: options of the run. Its device says what the head holds: a GPU's need not be there.
         batch: lengths do not matter to the time this takes, but where windows of attention go block by block.
         tiles: what can be is in tiles, whatever the options say.
+        shards: processes that have a part each of weights, gradients and optimizer, as FSDP2 shares them out: layers
+            are gathered when they run, one ahead, and what is in no layer for the whole of forward and backward.
+
+    Raises ValueError for a model that cannot run rows split over batch.ranks.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), _GroupedProducts():
         fake: Any = _fake_copy(model)
@@ -79,14 +97,20 @@ def step_memory(model: nn.Module, args: HDPOConfig, batch: MicroBatch, tiles: bo
         ledger.own(itertools.chain(fake.parameters(), fake.buffers()), "weights")
         _optimizer_step(fake, args, ledger)
         start = ledger.now.copy()
-        prepare(fake, args, batch.layout, ledger, tiles)
+        prepare(fake, args, batch, ledger, tiles)
         everything = list(fake.modules())  # layers that are taken out stay alive, and so do their bytes in the ledger
         order = _keep_one_of_each_kind(fake, args, ledger)
         kept = _count_the_head(fake, args, ledger)
         with ledger:
             micro_batch(fake, args, batch, "cpu", ledger)
         del everything
-    moments = [ledger.segments["optimizer"].peak, *_replay(ledger.segments, order, start)]
+    gathered = _gathered(model, shards)
+    moments = [_sharded(ledger.segments["optimizer"].peak, shards)]
+    for name, moment in _replay(ledger.segments, order, start):
+        moment = _sharded(moment, shards)
+        moment["weights"] += gathered["weights"]
+        moment["gradients"] += gathered["gradients"] if name == "embedding" or name[0] == "backward" else 0
+        moments.append(moment)
     host = max(moment[HOST] for moment in moments)
     by_kind = [{kind: moment[kind] + max(kept) * (kind == "head") for kind in KINDS} for moment in moments]
     return Memory(max(by_kind, key=lambda moment: sum(moment.values())), host, by_kind)
@@ -243,8 +267,31 @@ def _count_the_head(model: nn.Module, args: HDPOConfig, ledger: Ledger) -> list[
     return kept
 
 
-def _replay(segments: dict[Any, Segment], order: list[int], start: Counter[str]) -> Iterator[Counter[str]]:
-    """Bytes at the peaks of a micro-batch of the whole model, which begins with `start`."""
+def _sharded(moment: Counter[str], shards: int) -> Counter[str]:
+    return Counter(
+        {
+            kind: -(-size // shards) if kind in ("weights", "gradients", "optimizer") else size
+            for kind, size in moment.items()
+        }
+    )
+
+
+def _gathered(model: nn.Module, shards: int) -> Counter[str]:
+    """Bytes of weights, and of their gradients, that are whole on a process for a time."""
+    if shards == 1:
+        return Counter()
+    lists = [m for m in backbone_of(bare(model)).children() if isinstance(m, nn.ModuleList)]
+    layers = [layer for each in lists for layer in each]
+    sizes: dict[str, int] = {}
+    for kind, counts in (("weights", lambda p: True), ("gradients", lambda p: p.requires_grad)):
+        of_layers = [sum(p.nbytes for p in layer.parameters() if counts(p)) for layer in layers]
+        everything = sum(p.nbytes for p in model.parameters() if counts(p))
+        sizes[kind] = everything - sum(of_layers) + 2 * max(of_layers, default=0)
+    return Counter(sizes)
+
+
+def _replay(segments: dict[Any, Segment], order: list[int], start: Counter[str]) -> Iterator[tuple[Any, Counter[str]]]:
+    """Parts of a micro-batch of the whole model, which begins with `start`, and the bytes at their peaks."""
     names: Iterator[Any] = itertools.chain(
         ["begin"],
         (("forward", number) for number in order),
@@ -253,16 +300,19 @@ def _replay(segments: dict[Any, Segment], order: list[int], start: Counter[str])
         ["embedding"],
     )
     now = start
-    for segment in (segments[name] for name in names if name in segments):
+    for name in names:
+        if name not in segments:
+            continue
+        segment = segments[name]
         at_peak, after = now.copy(), now.copy()
         for kind in {*segment.start, *segment.peak, *segment.end}:
             at_peak[kind] += segment.peak[kind] - segment.start[kind]
             after[kind] += segment.end[kind] - segment.start[kind]
-        yield at_peak
+        yield name, at_peak
         now = after
 
 
-def prepare(model: Any, args: HDPOConfig, layout: Layout, ledger: Ledger | None = None, tiles: bool = False) -> None:
+def prepare(model: Any, args: HDPOConfig, batch: MicroBatch, ledger: Ledger | None = None, tiles: bool = False) -> None:
     """Prepare the model as the trainer does. With a ledger, offloaded activations are only booked there."""
     if args.gradient_checkpointing:
         options: dict[str, Any] = dict(args.gradient_checkpointing_kwargs or {})  # type: ignore[arg-type]
@@ -274,10 +324,14 @@ def prepare(model: Any, args: HDPOConfig, layout: Layout, ledger: Ledger | None 
             _offload_nowhere(model, ledger)
     if args.disable_dropout:
         disable_dropout(model)
-    use_layout(bare(model), layout)
+    use_layout(bare(model), batch.layout)
+    if batch.ranks > 1:
+        longest = max(prompt + max(both) for prompt, *both in batch.pairs)
+        check_model(bare(model), batch.layout, batch.ranks, longest)
     if args.tiled_layers or tiles:
         tile_tokens(bare(model), refuse=not tiles)
-        tile_sequences(bare(model))
+        if batch.ranks == 1:
+            tile_sequences(bare(model))
     # a softcap or scale costs nothing here, and finding it needs numbers
     attach_loss(bare(model), HeadTransform(None, 1.0))
     model.train()
@@ -315,14 +369,18 @@ def micro_batch(
     """Forward and backward."""
     vocab = head_of(bare(model)).weight.shape[0]
     ids = [tuple([token % vocab for token in range(size)] for size in pair) for pair in batch.pairs]
-    inputs = lay_out(ids, batch.layout, 0)  # type: ignore[arg-type]
-    inputs["ref_logps"] = torch.zeros(2 * len(ids))
+    ranks = _OneOf(batch.ranks) if batch.ranks > 1 else None
+    # which labels are this rank's is told by numbers, which fake tensors do not have
+    with contextlib.nullcontext() if ranks is None else unset_fake_temporarily():
+        inputs = lay_out(ids, batch.layout, 0)  # type: ignore[arg-type]
+        inputs["ref_logps"] = torch.zeros(2 * len(ids))
+        inputs = model_inputs(inputs, torch.device(device), args.step_loss().keywords, ranks)
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     if ledger is not None:
         ledger.kind = "activations"
         ledger.mark("begin")
     with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
-        loss = model(**model_inputs(inputs, torch.device(device), args.step_loss().keywords)).loss
+        loss = model(**inputs).loss
         loss = loss / args.gradient_accumulation_steps
     if ledger is not None:
         ledger.kind = "other"

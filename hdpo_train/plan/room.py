@@ -24,28 +24,30 @@ _FULL = 0.9  # of the memory that is there, as an allocator cannot use all of it
 
 
 def wants_tiles(
-    model: nn.Module, args: HDPOConfig, layout: Layout, lengths: list[tuple[int, int, int]], sharded: int = 1
+    model: nn.Module,
+    args: HDPOConfig,
+    layout: Layout,
+    lengths: list[tuple[int, int, int]],
+    shards: int = 1,
+    ranks: int = 1,
 ) -> bool:
     """Whether a step would not fit without tiles, and takes less with them; it says so. Never raises.
 
     Args:
         model: the policy, whole, on any device.
         lengths: of all pairs, tokens of prompt, chosen and rejected.
-        sharded: processes that share weights, gradients and optimizer.
+        shards: processes that share weights, gradients and optimizer.
+        ranks: processes that share every row.
     """
-    batch = largest(lengths, args, layout)
+    batch = largest(lengths, args, layout)._replace(ranks=ranks)
     try:
         there = room(model, args)
         if there is None or bound(model, args, batch) < there:
             return False
-        plain, tiled = (step_memory(model, args, batch, tiles) for tiles in (False, True))
+        needed, less = (step_memory(model, args, batch, tiles, shards).total for tiles in (False, True))
     except Exception as error:  # an estimate that cannot be made is no reason not to train
         logger.warning(f"tiled_layers: off; whether a step fits cannot be told ({type(error).__name__}: {error})")
         return False
-    needed, less = (
-        sum(size // sharded if kind in ("weights", "gradients", "optimizer") else size for kind, size in each.items())
-        for each in (plain.device, tiled.device)
-    )
     if needed < _FULL * there or less >= needed:
         return False
     logger.warning(

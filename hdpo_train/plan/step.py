@@ -15,7 +15,7 @@ import psutil
 import torch
 from torch import nn
 
-from hdpo_train.config import HDPOConfig
+from hdpo_train.config import HDPOConfig, PlanConfig
 from hdpo_train.files import readable
 from hdpo_train.model.head import bare
 from hdpo_train.model.packing import Layout, find_layout
@@ -37,7 +37,7 @@ class StepTime(NamedTuple):
     reason: str = ""  # why there are no quartiles
 
 
-def print_plan(config: Any, args: HDPOConfig, build: Build, say: Callable[[str], None]) -> None:
+def print_plan(config: Any, args: PlanConfig, build: Build, say: Callable[[str], None]) -> None:
     """Print memory, then time, of the steps of a run.
 
     Args:
@@ -50,10 +50,13 @@ def print_plan(config: Any, args: HDPOConfig, build: Build, say: Callable[[str],
     """
     if args.max_length is None:
         raise ValueError("a plan needs --max_length: without it the longest record decides")
-    batch = fullest(args, layout_of(config, args, build))
-    plain = peak_memory(config, args, batch, build)
-    tiled = peak_memory(config, args, batch, build, tiles=True) if args.tiled_layers is None else None
+    batch = fullest(args, layout_of(config, args, build))._replace(ranks=args.sp_size)
+    plain = peak_memory(config, args, batch, build, shards=args.shards)
+    tiled = peak_memory(config, args, batch, build, True, args.shards) if args.tiled_layers is None else None
     print(describe_memory(plain, args, batch, tiled), flush=True)
+    if args.shards > 1 or args.sp_size > 1:
+        print("\nno seconds: a step is timed in one process, and this one shares its work with others")
+        return
     say("timing some steps of a shallow model")
     tokens = sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in batch.pairs)
     time = step_time(config, args, batch, build)
@@ -69,11 +72,13 @@ def layout_of(config: Any, args: HDPOConfig, build: Build) -> Layout:
     return find_layout([bare(build(config))], args.packing, args.shared_prompt)
 
 
-def peak_memory(config: Any, args: HDPOConfig, batch: MicroBatch, build: Build, tiles: bool = False) -> Memory:
-    """tiles: layers run in tiles where they can, whatever the options say."""
+def peak_memory(
+    config: Any, args: HDPOConfig, batch: MicroBatch, build: Build, tiles: bool = False, shards: int = 1
+) -> Memory:
+    """tiles, shards: see `step_memory`."""
     with torch.device("meta"):
         model = build(config)
-    return step_memory(model, args, batch, tiles)
+    return step_memory(model, args, batch, tiles, shards)
 
 
 def fullest(args: HDPOConfig, layout: Layout) -> MicroBatch:
@@ -92,14 +97,14 @@ def fullest(args: HDPOConfig, layout: Layout) -> MicroBatch:
     return MicroBatch(layout, [(prompt, completion, completion)] * pairs)
 
 
-def describe_memory(memory: Memory, args: HDPOConfig, batch: MicroBatch, tiled: Memory | None = None) -> str:
+def describe_memory(memory: Memory, args: PlanConfig, batch: MicroBatch, tiled: Memory | None = None) -> str:
     """tiled: the same step with layers in tiles, if the run may turn to them by itself."""
     prompt, completion, _ = batch.pairs[0]
     pairs, steps = len(batch.pairs), args.gradient_accumulation_steps
     accumulated = f" of {steps} micro-batches" * (steps > 1)
     lines = [
-        f"One process on {args.device.type}, steps{accumulated} of {pairs * steps} pairs of 2 × {prompt + completion} "
-        f"tokens, {batch.layout}.",
+        f"{one_process(args)} on {args.device.type}, steps{accumulated} of {pairs * steps} pairs of "
+        f"2 × {prompt + completion} tokens, {batch.layout}.",
         f"Taken as full: prompts of {prompt} tokens, completions of {completion}."
         + ("" if prompt == 1 else " Where prompts are shorter and completions longer, it is more."),
         "",
@@ -116,6 +121,12 @@ def describe_memory(memory: Memory, args: HDPOConfig, batch: MicroBatch, tiled: 
             "Tensors alone: a process on a CPU takes some 100 MiB more for code and what its allocator keeps.",
         ]
     return "\n".join(lines)
+
+
+def one_process(args: PlanConfig) -> str:
+    """In words: which part of the work is its."""
+    parts = [f"shards on {args.shards}"] * (args.shards > 1) + [f"sequences on {args.sp_size}"] * (args.sp_size > 1)
+    return f"One process ({', '.join(parts)})" if parts else "One process"
 
 
 def by_kind(memory: Memory) -> list[str]:
@@ -185,7 +196,7 @@ def _with_layers(config: Any, layers: int) -> Any:
 def _time(models: list[Any], args: HDPOConfig, batch: MicroBatch) -> list[list[float]]:
     """Seconds of each model's steps. The models take turns, so that a slow moment of the machine meets all of them."""
     for model in models:
-        prepare(model.to(args.device), args, batch.layout)
+        prepare(model.to(args.device), args, batch)
     optimizers = [make_optimizer(model, args) for model in models]
     seconds: list[list[float]] = [[] for _ in models]  # the first turn's are not counted
 

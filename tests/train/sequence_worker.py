@@ -23,7 +23,7 @@ from transformers import (
 from hdpo_train.data.tokenize import PairCollator
 from hdpo_train.model.head import attach_loss, model_inputs
 from hdpo_train.model.packing import Layout, use_layout
-from hdpo_train.model.sequence_ranks import SequenceRanks, check_model
+from hdpo_train.model.sequence_ranks import SequenceRanks, check_model, probe
 from tests.train.distributed_worker import allow_fsdp_on_cpu, reference, train
 from tests.train.tiny import make_model
 
@@ -59,7 +59,8 @@ def gradients(ranks: SequenceRanks) -> None:
         for share in (True, False):
             layout = Layout(packed=True, share=share)
             use_layout(model, layout)
-            check_model(model, layout, ranks, longest=110)
+            check_model(model, layout, ranks.size, longest=110)
+            probe(model, layout, ranks)
             for kind, lengths in LENGTHS.items():
                 ids = torch.Generator().manual_seed(1)
                 rows = [[torch.randint(97, (n,), generator=ids).tolist() for n in pair] for pair in lengths]
@@ -103,7 +104,8 @@ def refusals(ranks: SequenceRanks) -> None:
     ):
         use_layout(model, layout)
         try:
-            check_model(model, layout, ranks, longest=100)
+            check_model(model, layout, ranks.size, longest=100)
+            probe(model, layout, ranks)
         except ValueError as error:
             assert words in str(error), error
         else:
