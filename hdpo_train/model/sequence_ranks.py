@@ -179,6 +179,6 @@ def probe(model: PreTrainedModel, layout: Layout, ranks: SequenceRanks) -> None:
     difference = (own[: len(expected)] - expected).norm() / whole.norm()
     if not difference < (1e-4 if model.dtype == torch.float32 else 5e-2):  # measured: 1e-7 and 4e-3
         raise ValueError(
-            f"{cannot}: its hidden states are then off by {difference:.0%}. Either the ranks have different weights, or "
-            "its layers look at other tokens elsewhere than in attention"
+            f"{cannot}: its hidden states are then off by {difference:.0%}. Either the ranks have different weights, "
+            "or its layers look at other tokens elsewhere than in attention"
         )

@@ -22,6 +22,7 @@ from transformers import (
 
 from hdpo_kernels import lm_head
 from hdpo_train import HDPOConfig, HDPOTrainer
+from hdpo_train.cli.main import main
 from hdpo_train.model import tiles
 from hdpo_train.model.packing import Layout
 from hdpo_train.plan import memory
@@ -212,6 +213,42 @@ def test_garbage_that_is_collected_within_a_segment_is_no_part_of_the_plan(tmp_p
     assert plan.peak_memory(llama, args, batch, with_lora, tiles=True).moments == expected.moments
 
 
+@pytest.mark.parametrize("build", [Auto.from_config, with_lora], ids=["full", "adapter"])
+def test_ranks_share_what_a_sequence_takes(tmp_path, build):
+    args = arguments(tmp_path, max_length=4000, **CHECKPOINTED)
+    one, two, four = (
+        plan.peak_memory(LLAMA, args, MicroBatch(Layout(packed=True, share=True), [(1, 3000, 2600)], ranks), build)
+        for ranks in (1, 2, 4)
+    )
+    for several, ranks in ((two, 2), (four, 4)):
+        assert several.device["weights"] == one.device["weights"]
+        moved, expected = ((m.device["activations"] + m.device["other"]) for m in (several, one))
+        assert moved == pytest.approx(expected / ranks, rel=0.1)
+
+
+def test_shards_are_parts_of_weights_gradients_and_optimizer(tmp_path):
+    args, batch = arguments(tmp_path), MicroBatch(Layout(packed=True, share=True), [(20, 40, 30)])
+    whole, sharded = (plan.peak_memory(LLAMA, args, batch, Auto.from_config, shards=shards) for shards in (1, 4))
+    model = Auto.from_config(LLAMA)
+    layer = sum(p.nbytes for p in model.model.layers[0].parameters())
+    weights = sum(p.nbytes for p in model.parameters())
+    gathered = weights - 3 * layer + 2 * layer  # what is in no layer, and two layers
+    assert sharded.device["optimizer"] == -(-whole.device["optimizer"] // 4)
+    assert sharded.device["weights"] == pytest.approx(weights // 4 + gathered, rel=1e-4)  # and buffers
+    assert sharded.total < whole.total
+
+
+def test_a_plan_for_several_processes_says_so(tmp_path, capsys):
+    LLAMA.save_pretrained(tmp_path)
+    main(["plan", "--model_name_or_path", str(tmp_path), "--max_length", "64", "--shards", "4", "--parallelism_config",
+          '{"sp_size": 2}', "--use_cpu", "True"])  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "One process (shards on 4, sequences on 2) on cpu" in printed and "no seconds: a step is timed" in printed
+    with pytest.raises(SystemExit):
+        main(["plan", "--model_name_or_path", str(tmp_path), "--max_length", "64", "--shards", "0"])
+    assert "shards must be 1 or more" in capsys.readouterr().err
+
+
 def test_memory_on_the_host(tmp_path, tokenizer, monkeypatch):
     """Of offloaded activations, which here go where torch's allocator does not see them."""
     monkeypatch.setattr(modeling_utils, "save_on_cpu", out_of_sight := Elsewhere())
@@ -293,8 +330,6 @@ def test_time_that_does_not_grow_with_the_layers_is_no_number(tmp_path, monkeypa
 
 
 def test_main_prints_a_plan_without_weights_or_data(tmp_path, capsys, monkeypatch):
-    from hdpo_train.cli.main import main
-
     LLAMA.save_pretrained(tmp_path / "model")  # the config alone
     words = f"plan --model_name_or_path {tmp_path / 'model'} --output_dir {tmp_path / 'out'} --use_cpu True"
     monkeypatch.setattr(plan, "_SECONDS", 0.0)
