@@ -173,13 +173,13 @@ def test_eager_attention_holds_so_many_scores_and_no_more(window, monkeypatch):
     monkeypatch.setattr(attention, "_SCORES", 4000)
     held = []
 
-    def function(query, key, value, mask):
+    def function(module, query, key, value, mask):
         held.append(query.shape[1] * mask.numel())
         return [value[:, :, -query.shape[2] :].transpose(1, 2)]
 
     rows = torch.zeros(1, 2, 600, 4)
     with torch.no_grad():
-        attention._causal_eager(function, window, rows, rows, rows)
+        attention._causal_eager(function, window, None, rows, rows, rows)
     assert 2000 < max(held) <= 4000
 
 
@@ -202,9 +202,9 @@ def windowed(name, window, monkeypatch):
     monkeypatch.setattr(attention, "_SCORES", 2 * 32 * (32 + window))
     module = types.SimpleNamespace(num_key_value_groups=1, training=False)
     if name == "sdpa":
-        return functools.partial(attention._causal_sdpa, module, window, {"is_causal": True, "scaling": 0.5})
-    eager = functools.partial(eager_attention_forward, module, scaling=0.5)
-    return functools.partial(attention._causal_eager, eager, window)
+        return functools.partial(attention._causal_sdpa, window, {"is_causal": True, "scaling": 0.5}, module)
+    eager = functools.partial(eager_attention_forward, scaling=0.5)
+    return functools.partial(attention._causal_eager, eager, window, module)
 
 
 def heads(length):
