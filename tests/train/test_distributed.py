@@ -171,7 +171,11 @@ def test_accelerate_launch_with_the_ddp_config_leaves_a_model(tokenizer, tmp_pat
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
-def test_zero3_takes_the_steps_of_one_process(tokenizer, one, tmp_path):
+@pytest.mark.parametrize("split", [False, True], ids=["ranks of data", "one sequence split"])
+def test_zero3_takes_the_steps_of_one_process(split, tokenizer, one, tmp_path):
+    pairs = ["--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "2"]
+    if split:
+        pairs = ["--per_device_train_batch_size", "8", "--parallelism_config", '{"sp_size": 2}']
     make_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     for name, records in (("train", make_records(13)), ("eval", make_records(7, seed=1))):
@@ -183,9 +187,8 @@ def test_zero3_takes_the_steps_of_one_process(tokenizer, one, tmp_path):
         "zero3", "--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(out),
         "--dataset_name", str(tmp_path / "train.jsonl"), "--eval_dataset_name", str(tmp_path / "eval.jsonl"),
         "--ref_cache_dir", str(tmp_path / "reference"), "--alpha", "0.9", "--learning_rate", "1e-3",
-        "--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "2", "--num_train_epochs", "2",
-        "--eval_strategy", "epoch", "--logging_steps", "1", "--lr_scheduler_type", "constant",
-        "--save_strategy", "no",
+        "--num_train_epochs", "2", "--eval_strategy", "epoch", "--logging_steps", "1",
+        "--lr_scheduler_type", "constant", "--save_strategy", "no", *pairs,
     ], DS_ACCELERATOR="cpu")  # fmt: skip
     saved = flat_parameters(AutoModelForCausalLM.from_pretrained(out))
     folder, results = one
