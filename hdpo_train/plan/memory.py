@@ -85,7 +85,8 @@ def step_memory(model: nn.Module, args: HDPOConfig, batch: MicroBatch, tiles: bo
         batch: lengths do not matter to the time this takes, but where windows of attention go block by block.
         tiles: what can be is in tiles, whatever the options say.
         shards: processes that have a part each of weights, gradients and optimizer, as FSDP2 shares them out: layers
-            are gathered when they run, one ahead, and what is in no layer for the whole of forward and backward.
+            are gathered when they run, one ahead, and what is in no layer for the whole of forward and backward. With
+            1, ranks that share a row are those of DDP.
 
     Raises ValueError for a model that cannot run rows split over batch.ranks.
     """
@@ -104,10 +105,14 @@ def step_memory(model: nn.Module, args: HDPOConfig, batch: MicroBatch, tiles: bo
         with ledger:
             micro_batch(fake, args, batch, "cpu", ledger)
         del everything
-    gathered = _gathered(model, shards)
+    gathered, buckets = _gathered(model, shards), 0
+    if batch.ranks > 1 and shards == 1:  # then it is DDP, which has a copy of the gradients to exchange
+        buckets = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     moments = [_sharded(ledger.segments["optimizer"].peak, shards)]
+    moments[0]["gradients"] += buckets
     for name, moment in _replay(ledger.segments, order, start):
         moment = _sharded(moment, shards)
+        moment["gradients"] += buckets
         moment["weights"] += gathered["weights"]
         moment["gradients"] += gathered["gradients"] if name == "embedding" or name[0] == "backward" else 0
         moments.append(moment)

@@ -220,8 +220,10 @@ def test_ranks_share_what_a_sequence_takes(tmp_path, build):
         plan.peak_memory(LLAMA, args, MicroBatch(Layout(packed=True, share=True), [(1, 3000, 2600)], ranks), build)
         for ranks in (1, 2, 4)
     )
+    trained = sum(p.nbytes for p in build(LLAMA).parameters() if p.requires_grad)
     for several, ranks in ((two, 2), (four, 4)):
         assert several.device["weights"] == one.device["weights"]
+        assert several.device["gradients"] - one.device["gradients"] == trained  # DDP's buckets
         moved, expected = ((m.device["activations"] + m.device["other"]) for m in (several, one))
         assert moved == pytest.approx(expected / ranks, rel=0.1)
 
