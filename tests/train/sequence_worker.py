@@ -120,6 +120,7 @@ def trainer(folder: Path, sharded: bool = False) -> None:
         assert "function of your own" in str(error), error
     else:
         raise AssertionError("not refused: a loss function")
+    train(folder, "sampled", world // 2, parallelism_config={"sp_size": 2})  # which asserts equal parameters
     for case, options in CASES.items():
         if "max_tokens_per_batch" in options and world > 2:
             continue  # one process makes other batches of a budget than two ranks of data
