@@ -105,6 +105,13 @@ class HDPOConfig(TrainingArguments):
     nll_weight: float = field(
         default=0.0, metadata={"help": "Adds this times the chosen responses' mean NLL per token (RPO)."}
     )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Adds this times the router's loss of a mixture of experts, which spreads tokens over the experts. "
+            "Default: the coefficient in the model's config. 0: train without it."
+        },
+    )
     gradient: str = field(
         default="exact",
         metadata={

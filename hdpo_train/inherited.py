@@ -89,7 +89,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {  # None is 
     "finite and not negative": (
         lambda value: 0 <= value < math.inf,
         ("num_train_epochs", "learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps",
-        "dataloader_num_workers", "eval_delay"),
+        "dataloader_num_workers", "eval_delay", "router_aux_loss_coef"),
     ),
     "at least 0 and less than 1": (lambda value: 0 <= value < 1, ("adam_beta1", "adam_beta2")),
     "from 1e-9 to 1e9 (what fp32 can hold)": (

@@ -16,14 +16,16 @@ from hdpo_kernels.pair import PairOptions, initial_margins
 _SUMS = (
     "pairs", "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
     "rewards/initial_margins", "logps/chosen", "logps/rejected",
-    "tokens/chosen", "tokens/rejected", "entropy/chosen", "entropy/rejected", "num_tokens",
+    "tokens/chosen", "tokens/rejected", "entropy/chosen", "entropy/rejected", "num_tokens", "aux_loss",
 )  # fmt: skip
 
 
 METRICS = (*_SUMS[1:9], "entropy", "entropy/chosen", "entropy/rejected")  # of an evaluation
 
 
-def batch_sums(result: HDPOLoss, inputs: dict[str, Any], options: PairOptions) -> Tensor:
+def batch_sums(
+    result: HDPOLoss, inputs: dict[str, Any], options: PairOptions, aux_loss: Tensor | None = None
+) -> Tensor:
     """One vector on the loss's device, one entry for each of _SUMS. inputs: a batch of `PairCollator`."""
     assert result.entropy is not None
     device, ref_logps = result.logps.device, inputs["ref_logps"].to(result.logps.device)
@@ -36,6 +38,7 @@ def batch_sums(result: HDPOLoss, inputs: dict[str, Any], options: PairOptions) -
         result.chosen_rewards, result.rejected_rewards, (result.margins > 0).float(), result.margins,
         initial_margins(ref_logps, lengths, options), result.logps[0::2], result.logps[1::2],
         lengths[0::2], lengths[1::2], nats[0::2], nats[1::2], num_tokens,
+        torch.zeros_like(result.margins) if aux_loss is None else aux_loss.expand_as(result.margins),
     )  # fmt: skip
     return torch.stack([values.float().sum() for values in per_pair])
 
@@ -49,6 +52,8 @@ def means(sums: list[Tensor], accelerator: Accelerator) -> dict[str, float]:
     pairs, chosen, rejected = (total.pop(key) for key in ("pairs", "tokens/chosen", "tokens/rejected"))
     entropy = {key: total.pop(key) for key in ("entropy/chosen", "entropy/rejected")}
     num_tokens = total.pop("num_tokens")
+    if not total["aux_loss"]:  # a router's loss is never 0
+        del total["aux_loss"]
     return {
         **{key: value / pairs for key, value in total.items()},
         "entropy": sum(entropy.values()) / (chosen + rejected),

@@ -36,9 +36,6 @@ INSTEAD = {
     "sync_ref_model": Instead((False,), _NO_MODEL),
     "ref_model_mixup_alpha": Instead((), _NO_MODEL),
     "ref_model_sync_steps": Instead((), _NO_MODEL),
-    "router_aux_loss_coef": Instead(
-        (None, 0.0), "the router's loss of a mixture of experts is not added: leave it out"
-    ),
     "ld_alpha": Instead(
         (None, 1.0), "it needs reference log-probs of parts of a sequence; alpha_level='token' weighs lengths"
     ),

@@ -33,7 +33,7 @@ GROUPS = {  # of --help_all; what transformers has beyond these comes last
     ),
     "loss": (
         "alpha", "beta", "loss_type", "loss_weights", "alpha_level", "label_smoothing", "nll_weight",
-        "f_divergence_type", "f_alpha_divergence_coef", "discopop_tau", "gradient", "epsilon",
+        "router_aux_loss_coef", "f_divergence_type", "f_alpha_divergence_coef", "discopop_tau", "gradient", "epsilon",
     ),
     "entropy": (
         "alpha_schedule", "alpha_final", "target_entropy", "alpha_min", "alpha_max", "entropy_steps", "entropy_prompts",

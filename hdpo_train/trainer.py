@@ -30,6 +30,7 @@ from hdpo_train.model.generation import own_entropy
 from hdpo_train.model.head import attach_loss, bare, model_inputs
 from hdpo_train.model.loading import adapter_configs, check_trainable, load_model, load_tokenizer, make_policy
 from hdpo_train.model.packing import Layout, find_layout
+from hdpo_train.model.router import check_router_loss, router_coefficient
 from hdpo_train.model.sequence_ranks import check_model, probe
 from hdpo_train.model.tiles import tile_sequences, tile_tokens
 from hdpo_train.plan.room import wants_tiles
@@ -76,8 +77,8 @@ class HDPOTrainer(ResumableTrainer):
     Metrics: rewards/chosen, rewards/rejected (α-weighted, β(αℓ − ρ)), rewards/accuracies, rewards/margins,
     rewards/initial_margins ((α − 1)β(ρ_w − ρ_l): the margin of an untrained policy; both with α_s = 1 + (α − 1) n̄/n_s
     in α's place where alpha_level is "token"), logps/chosen, logps/rejected, entropy, entropy/chosen, entropy/rejected
-    (nats per completion token), num_tokens (of prompt and completion of all sequences so far: the same number whatever
-    the layout).
+    (nats per completion token), aux_loss (of the routers of a mixture of experts), num_tokens (of prompt and completion
+    of all sequences so far: the same number whatever the layout).
 
     Raises:
         ValueError: a head that cannot be represented, data that cannot be trained on, options out of range.
@@ -133,6 +134,7 @@ class HDPOTrainer(ResumableTrainer):
         self.loss_is_scaled_for_ga = False  # Trainer divides it by the number of accumulation steps
         self._trained: list[Tensor] = []  # sums of the batches since the last log
         self.loss = args.step_loss()
+        self.router = router_coefficient(bare(policy), args, sp_size)
         self._attach_loss(models)
         self.layout = self._find_layout(models, tokenized.longest)
         self.tiled = self._use_tiles(models)
@@ -164,6 +166,9 @@ class HDPOTrainer(ResumableTrainer):
                 each.to(self.args.device)
             with gathered(each):
                 attach_loss(bare(each))
+        if self.router:
+            with gathered(models[0]):
+                check_router_loss(bare(models[0]))
 
     def _find_layout(self, models: list[Any], longest: int) -> Layout:
         with contextlib.ExitStack() as stack:
@@ -245,11 +250,13 @@ class HDPOTrainer(ResumableTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         ranks = self.sequence_ranks
-        result: HDPOLoss = model(**model_inputs(inputs, self.accelerator.device, self.loss.keywords, ranks))
+        of_model = model_inputs(inputs, self.accelerator.device, self.loss.keywords, ranks, self.router)
+        result: HDPOLoss = model(**of_model)
         weight = inputs.get("weight", 1.0)  # 0: the pair is a repeat
         copies = 1 if ranks is None else ranks.size  # processes that have this batch
         if self._sums is not None:
-            self._sums.append(batch_sums(result, inputs, self.loss.pairs) * ((weight > 0) / copies))
+            sums = batch_sums(result, inputs, self.loss.pairs, of_model["pairs"].aux_loss)
+            self._sums.append(sums * ((weight > 0) / copies))
         loss = result.loss * weight
         if copies > 1:  # each has its part of the gradient, and the engine takes the mean over all processes
             loss = loss + (copies - 1) * (loss - loss.detach())

@@ -375,6 +375,7 @@ class PairCollator:
 
     A call takes a list of examples {prompt_ids, chosen_ids, rejected_ids} and returns
         input_ids (B, R) int64
+        counts (B, R) int64: of how many sequences each token is part: 2 in a shared prompt, 0 in padding
         position_ids (1, R) int64 and documents, tuples of lengths: in a packed batch, see `packing.Places`. A padded
             one needs no mask: no token sees the padding, which is on its right
         rows (N,) int64: indices into the B·R flattened positions; the hidden state there predicts the label. With a

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hdpo_kernels import linear_hdpo_loss
 from hdpo_train.model.loading import backbone_of, evaluating
 from hdpo_train.model.packing import Places, backbone_inputs
+from hdpo_train.model.router import router_loss
 from hdpo_train.model.sequence_ranks import SequenceRanks
 
 
@@ -46,12 +47,17 @@ class PairBatch:
         cu_seqlens: list[int],
         ref_logps: Tensor | None,
         loss_kwargs: Mapping[str, Any],
+        counts: Tensor,
+        router: float,
     ) -> None:
         self.rows = rows  # (N,) positions in the flattened (B · R) whose hidden state predicts a completion token
         self.labels = labels  # (N,) those tokens
         self.cu_seqlens = cu_seqlens  # 2P + 1 boundaries in N
         self.ref_logps = ref_logps  # (2P,)
         self.loss_kwargs = loss_kwargs  # keywords of linear_hdpo_loss
+        self.counts = counts  # (B, R) of how many sequences a token is part
+        self.router = router  # the factor of the router's loss, which is added to the other one
+        self.aux_loss: Tensor | None = None  # the router's loss, put here by the model's forward if the factor is not 0
 
 
 def attach_loss(model: PreTrainedModel, transform: HeadTransform | None = None) -> None:
@@ -78,9 +84,17 @@ class _ModelWithLoss(PreTrainedModel):
         if pairs is None:
             return type(self).forward(self, *args, **kwargs)
         inputs = {} if places is None else backbone_inputs(self, places)
-        hidden = backbone_of(self)(input_ids=kwargs["input_ids"], **inputs, use_cache=False).last_hidden_state
+        if hasattr(self.config.get_text_config(), "output_router_logits"):
+            inputs["output_router_logits"] = bool(pairs.router)
+        output = backbone_of(self)(input_ids=kwargs["input_ids"], **inputs, use_cache=False)
+        hidden = output.last_hidden_state
         scored = hidden.flatten(0, 1).index_select(0, pairs.rows.to(hidden.device))  # (B, R, H) -> (N, H)
-        return head_of(self)(scored, pairs)
+        result = head_of(self)(scored, pairs)
+        if not pairs.router:
+            return result
+        aux_loss = router_loss(self, output.router_logits, pairs.counts).to(result.loss.device)
+        pairs.aux_loss = aux_loss.detach()
+        return result._replace(loss=result.loss + pairs.router * aux_loss)
 
 
 class _HeadWithLoss(nn.Linear):
@@ -117,11 +131,6 @@ def head_of(model: PreTrainedModel) -> nn.Linear:
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedHead(f"{name} is an encoder-decoder; a decoder-only causal language model is needed")
-    if getattr(model.config.get_text_config(), "output_router_logits", False):
-        raise UnsupportedHead(
-            f"{name} is set to add a router loss (output_router_logits=True), which this loss leaves out; "
-            "set it to False in the model's config to train without it"
-        )
     if (ranks := getattr(model, "tp_size", None) or 1) > 1:
         raise UnsupportedHead(
             f"{name} is tensor-parallel over {ranks} ranks (tp_plan), and the trainer's head is whole: load it without "
@@ -193,13 +202,17 @@ def _scales(config: Any) -> list[float]:
 
 
 def model_inputs(
-    batch: Mapping, device: torch.device, loss_kwargs: Mapping[str, Any], ranks: SequenceRanks | None = None
+    batch: Mapping,
+    device: torch.device,
+    loss_kwargs: Mapping[str, Any],
+    ranks: SequenceRanks | None = None,
+    router: float = 0.0,
 ) -> dict:
     """Keywords of the model's forward for a batch of `PairCollator`; with ranks, for this process's part of it.
 
     Labels stay on the host, where the loss checks them before it takes them to the device itself.
 
-    loss_kwargs: those of `linear_hdpo_loss`.
+    loss_kwargs: those of `linear_hdpo_loss`. router: see `router.router_coefficient`.
     """
     if ranks is not None:
         batch, loss_kwargs = ranks.own_tokens(dict(batch)), {**loss_kwargs, "sp_group": ranks.group}
@@ -207,7 +220,15 @@ def model_inputs(
         key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()
     }
     labels = batch["labels"].tensor
-    pairs = PairBatch(on_device["rows"], labels, batch["cu_seqlens"], on_device.get("ref_logps"), loss_kwargs)
+    pairs = PairBatch(
+        on_device["rows"],
+        labels,
+        batch["cu_seqlens"],
+        on_device.get("ref_logps"),
+        loss_kwargs,
+        on_device["counts"],
+        router,
+    )
     inputs = {"input_ids": on_device["input_ids"], "pairs": pairs}
     if "documents" in batch:
         inputs["places"] = Places(on_device["position_ids"], batch["documents"], ranks)

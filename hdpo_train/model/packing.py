@@ -88,11 +88,14 @@ def lay_out(pairs: list[tuple[Any, Any, Any]], layout: Layout, pad_token_id: int
     width = max(lengths)  # of a padded row
     starts = [0, *accumulate(lengths)] if layout.packed else list(range(0, (len(lengths) + 1) * width, width))
     input_ids = torch.full((starts.pop(),), pad_token_id, device="cpu")
+    counts = torch.zeros_like(input_ids)
     positions, rows = [], []
     for (prompt, *completions), start, length in zip(documents, starts, lengths, strict=True):
         at = start + len(prompt)
         tokens = [int(token) for part in (prompt, *completions) for token in part]
         input_ids[start : start + length] = torch.tensor(tokens, device="cpu")
+        counts[start : start + length] = 1
+        counts[start : start + len(prompt)] = len(completions)
         positions.append(torch.arange(len(prompt), device="cpu"))
         for completion in completions:
             positions.append(torch.arange(len(prompt), len(prompt) + len(completion), device="cpu"))
@@ -103,6 +106,7 @@ def lay_out(pairs: list[tuple[Any, Any, Any]], layout: Layout, pad_token_id: int
     completions = [ids for _, chosen, rejected in pairs for ids in (chosen, rejected)]
     batch: dict[str, Any] = {
         "input_ids": input_ids.view(1 if layout.packed else len(documents), -1),
+        "counts": counts.view(1 if layout.packed else len(documents), -1),
         "rows": torch.cat(rows),
         "labels": OnHost(torch.tensor([int(token) for ids in completions for token in ids], device="cpu")),
         "cu_seqlens": [0, *accumulate(map(len, completions))],

@@ -29,6 +29,7 @@ from hdpo_train.model.attention import can_attend_by_documents
 from hdpo_train.model.head import HeadTransform, PairBatch, attach_loss, bare, head_of, model_inputs
 from hdpo_train.model.loading import backbone_of, disable_dropout
 from hdpo_train.model.packing import Layout, lay_out, use_layout
+from hdpo_train.model.router import router_coefficient
 from hdpo_train.model.sequence_ranks import SequenceRanks, check_model
 from hdpo_train.model.tiles import tile_sequences, tile_tokens
 from hdpo_train.plan.ledger import HOST, Ledger, Segment
@@ -101,6 +102,7 @@ def step_memory(model: nn.Module, args: HDPOConfig, batch: MicroBatch, tiles: bo
         prepare(fake, args, batch, ledger, tiles)
         everything = list(fake.modules())  # layers that are taken out stay alive, and so do their bytes in the ledger
         order = _keep_one_of_each_kind(fake, args, ledger)
+        _count_routers(fake, order)
         kept = _count_the_head(fake, args, ledger)
         with ledger:
             micro_batch(fake, args, batch, "cpu", ledger)
@@ -272,6 +274,18 @@ def _count_the_head(model: nn.Module, args: HDPOConfig, ledger: Ledger) -> list[
     return kept
 
 
+def _count_routers(model: nn.Module, order: list[int]) -> None:
+    """Let the router's loss be that of all layers of the model, since it is computed when the last one has run."""
+
+    def repeat(backbone: nn.Module, inputs: Any, output: Any) -> None:
+        if found := getattr(output, "router_logits", None):
+            # of layers without experts too, in a model that has some: a few bytes too many
+            output.router_logits = tuple(found[number % len(found)] for number in order)
+
+    if order:
+        backbone_of(bare(model)).register_forward_hook(repeat)
+
+
 def _sharded(moment: Counter[str], shards: int) -> Counter[str]:
     return Counter(
         {
@@ -333,7 +347,8 @@ def prepare(model: Any, args: HDPOConfig, batch: MicroBatch, ledger: Ledger | No
     if batch.ranks > 1:
         longest = max(prompt + max(both) for prompt, *both in batch.pairs)
         check_model(bare(model), batch.layout, batch.ranks, longest)
-    if args.tiled_layers or tiles:
+    router = router_coefficient(bare(model), args, batch.ranks)
+    if args.tiled_layers or (tiles and not router):  # left to itself, a run with a router's loss uses none
         tile_tokens(bare(model), refuse=not tiles)
         if batch.ranks == 1:
             tile_sequences(bare(model))
@@ -379,7 +394,8 @@ def micro_batch(
     with contextlib.nullcontext() if ranks is None else unset_fake_temporarily():
         inputs = lay_out(ids, batch.layout, 0)  # type: ignore[arg-type]
         inputs["ref_logps"] = torch.zeros(2 * len(ids))
-        inputs = model_inputs(inputs, torch.device(device), args.step_loss().keywords, ranks)
+        router = router_coefficient(bare(model), args, batch.ranks)
+        inputs = model_inputs(inputs, torch.device(device), args.step_loss().keywords, ranks, router)
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     if ledger is not None:
         ledger.kind = "activations"

@@ -29,7 +29,7 @@ def test_pair_collator_scores_exactly_the_completion_tokens(seed, count):
     batch = PairCollator(pad_token_id=0)(examples)
     longest = max(len(e["prompt_ids"]) + max(len(e["chosen_ids"]), len(e["rejected_ids"])) for e in examples)
     assert batch["input_ids"].shape == (2 * count, longest)
-    assert set(batch) == {"input_ids", "rows", "labels", "cu_seqlens", "num_tokens", "examples"}
+    assert set(batch) == {"input_ids", "counts", "rows", "labels", "cu_seqlens", "num_tokens", "examples"}
     assert batch["examples"].rows is examples
     assert {t.dtype for t in (batch["input_ids"], batch["rows"], batch["labels"].tensor)} == {torch.int64}
     cu_seqlens = batch["cu_seqlens"]
@@ -58,6 +58,10 @@ def test_pair_collator_small_example():
     ]
     batch = PairCollator(pad_token_id=0)(examples)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5], [1, 2, 3, 6, 0], [7, 8, 0, 0, 0], [7, 9, 10, 0, 0]]
+    assert batch["counts"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]
+    assert PairCollator(0, Layout(packed=True, share=True))(examples)["counts"].tolist() == [
+        [2, 2, 2, 1, 1, 1, 2, 1, 1, 1]
+    ]
     assert batch["rows"].tolist() == [2, 3, 7, 10, 15, 16]
     assert batch["labels"].tensor.tolist() == [4, 5, 6, 8, 9, 10]
     assert batch["cu_seqlens"] == [0, 2, 3, 4, 6]

@@ -136,12 +136,6 @@ def test_attach_loss_refuses_an_adapter_on_the_head(model):
         attach_loss(wrapped.get_base_model())
 
 
-def test_attach_loss_refuses_a_router_loss(model):
-    model.config.output_router_logits = True
-    with pytest.raises(UnsupportedHead, match="output_router_logits"):
-        attach_loss(model)
-
-
 def test_attach_loss_refuses_a_model_that_is_tensor_parallel(model):
     model._tp_size = 2  # as from_pretrained(tp_plan="auto") leaves it
     with pytest.raises(UnsupportedHead, match="LlamaForCausalLM is tensor-parallel over 2 ranks"):

@@ -197,6 +197,19 @@ def test_one_layer_of_each_kind_stands_for_all(tmp_path, monkeypatch, config, bu
     assert few.device == pytest.approx(whole.device, rel=0.01, abs=0.01 * whole.total)
 
 
+def test_the_router_loss_is_that_of_all_layers(tmp_path, monkeypatch):
+    config = copy.deepcopy(MIXTRAL)
+    config.num_local_experts, config.intermediate_size = 64, 32
+    batch = MicroBatch(Layout(packed=True, share=True), [(20, 800, 500), (1, 400, 600)])
+    args = arguments(tmp_path, chunk_bytes=10**6, router_aux_loss_coef=0.1)
+    few = plan.peak_memory(config, args, batch, Auto.from_config)
+    tiled = plan.peak_memory(config, args, batch, Auto.from_config, tiles=True)
+    assert tiled.total == few.total  # as a run does without tiles rather than without the loss
+    monkeypatch.setattr(memory, "_keep_one_of_each_kind", lambda *_: [])
+    whole = plan.peak_memory(config, args, batch, Auto.from_config)
+    assert few.total == pytest.approx(whole.total, rel=0.001)
+
+
 def test_garbage_that_is_collected_within_a_segment_is_no_part_of_the_plan(tmp_path, monkeypatch):
     """Layers in tiles are cycles: those that are taken out, since another stands for them, would be collected."""
     args, batch = arguments(tmp_path, **CHECKPOINTED), MicroBatch(Layout(packed=True, share=True), [(20, 80, 50)])
