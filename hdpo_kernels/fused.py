@@ -1,7 +1,7 @@
 """Fused forward of the LM head: matmul tile → online log-sum-exp, entropy and label's log-prob; no logits in memory.
 
     hidden (N, H), weight (V, H) ── one program a row block and vocabulary split ──> m, Σe, Σe·d, z_label (splits, N)
-                                 ── merge, in a fixed order ──> logp, entropy (N,)
+                                 ── merge, in a fixed order ──> logp, entropy, is_top1 (N,)
 
 N rows, V vocabulary, H hidden size; z a logit after bias, scale and softcap, m the largest yet, d = z − m, e = exp d.
 Inputs bf16, fp16 or fp32; sums fp32. Offsets are int64 before any product with a stride.
@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from hdpo_kernels.naive import IGNORE_INDEX, TokenLogp
-from hdpo_kernels.rows.triton import _head_transform
+from hdpo_kernels.rows.triton import _head_transform, _is_top1
 
 _IGNORE_INDEX = tl.constexpr(IGNORE_INDEX)
 _MERGE_TILE = 2048  # numbers a program of the merge: 16 a thread of four partials, no spill
@@ -91,9 +91,12 @@ def _linear_stats_kernel(
     tl.store(z_label_ptr + offs, z_label, mask=mask_n)
 
 
-@triton.jit(do_not_specialize=["N", "splits"], do_not_specialize_on_alignment=["labels_ptr", "logp_ptr", "entropy_ptr"])
+@triton.jit(
+    do_not_specialize=["N", "splits"],
+    do_not_specialize_on_alignment=["labels_ptr", "logp_ptr", "entropy_ptr", "is_top1_ptr"],
+)
 def _merge_stats_kernel(
-    max_ptr, sum_e_ptr, sum_ed_ptr, z_label_ptr, labels_ptr, logp_ptr, entropy_ptr, N, V, splits,
+    max_ptr, sum_e_ptr, sum_ed_ptr, z_label_ptr, labels_ptr, logp_ptr, entropy_ptr, is_top1_ptr, N, V, splits,
     BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The statistics of a row from those of its splits, all of them in one tile."""
@@ -120,6 +123,7 @@ def _merge_stats_kernel(
     ignored = label == _IGNORE_INDEX
     tl.store(logp_ptr + offs_n, tl.where(ignored, 0.0, logp), mask=mask_n)
     tl.store(entropy_ptr + offs_n, tl.where(ignored, 0.0, log_total - sum_ed / total), mask=mask_n)
+    tl.store(is_top1_ptr + offs_n, _is_top1(z_label, m, logp, ignored), mask=mask_n)
 
 
 def linear_stats(
@@ -134,7 +138,7 @@ def linear_stats(
 ) -> TokenLogp:
     """What `row_stats` makes of hidden @ weight.T; memory: 16 bytes a row and split of the vocabulary."""
     (n, hidden_size), vocab = hidden.shape, weight.shape[0]
-    out = TokenLogp(*torch.empty(2, n, dtype=torch.float32, device=hidden.device)) if out is None else out
+    out = TokenLogp(*torch.empty(3, n, dtype=torch.float32, device=hidden.device)) if out is None else out
     if n == 0:
         return out
     target, num_sms = _device()

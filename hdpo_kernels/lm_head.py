@@ -1,4 +1,4 @@
-"""A piece of rows through the LM head: logits → log-probs, entropies, gradient rows; and the head's weight gradient.
+"""A piece of rows through the LM head: logits → `TokenLogp`, gradient rows; and the head's weight gradient.
 
 The gradient rows are *unscaled*, g_t = ∂logp_t/∂logits_t = (onehot − p) · chain. A loss that is a function of
 log-probabilities scales row t by one number c_t, which may be known long after the logits are gone, and is applied on
@@ -112,7 +112,7 @@ class LMHead:
         self.options, self.with_grad, self.sampling = options, with_grad, sampling
         num_rows, vocab = self.hidden.shape[0], weight.shape[0]
         self.dtype = full_precision(dtype)
-        self.stats = torch.empty(2, num_rows, dtype=self.dtype, device=hidden.device)  # logp and entropy of each row
+        self.stats = torch.empty(3, num_rows, dtype=self.dtype, device=hidden.device)  # `TokenLogp` of each row
         self._merge = shard.merge if shard is not None and shard.cut else None
         self._fused = None if with_grad or sampling or self._merge else fused_forward(self.hidden, self.weight)
         largest = vocab if shard is None else shard.largest  # ranks must cut rows alike

@@ -92,8 +92,8 @@ def _hdpo_loss(
     logit_scale: float,
     loss_numbers: list[float],
     need: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (), logps (S,), entropy (S,), rewards (S,), margins (P,), row_scale (N,), d_logits (N, V) without it"""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss (), logps, entropy, accuracy, rewards (S,), margins (P,), row_scale (N,), d_logits (N, V) without it"""
     grad = torch.empty_like(logits) if need else logits.new_empty(0)
     options = PairOptions.from_numbers(loss_numbers)
     return *_from_logits(logits, labels, ref_logps, cu_seqlens, softcap, logit_scale, options, grad), grad
@@ -108,12 +108,12 @@ def _from_logits(
     logit_scale: float,
     options: PairOptions,
     grad: Tensor,  # (N, V) receives ∂logp/∂logits, may be the logits; empty: not wanted
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     all_scored = check_label_values(labels, logits.shape[1])
     bounds = boundaries(cu_seqlens, logits.shape[0])
     labels, cu_seqlens = to_device([labels.contiguous(), cu_seqlens.contiguous()], logits.device)
     need, inplace = grad.shape == logits.shape, grad is logits
-    stats = torch.empty(2, len(labels), dtype=full_precision(logits.dtype), device=logits.device)
+    stats = torch.empty(3, len(labels), dtype=full_precision(logits.dtype), device=logits.device)
     backend(stats).row_stats(
         logits,
         labels,

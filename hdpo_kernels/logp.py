@@ -45,9 +45,9 @@ def linear_logp(
         chunk_bytes: most bytes of logits and their gradient held at a time (on a CPU kept for the thread's next call).
 
     Returns:
-        TokenLogp(logp (N,), entropy (N,)), nats, fp32 (fp64 for fp64), zero where not scored. `logp` is differentiable
-        in hidden, weight and bias. `entropy` is not: a gradient into it raises NotImplementedError (detach it, or use
-        naive.linear_logp).
+        TokenLogp(logp (N,), entropy (N,), is_top1 (N,)), nats, and 1 where no logit is larger than the label's, else 0;
+        fp32 (fp64 for fp64), zero where not scored. `logp` is differentiable in hidden, weight and bias. `entropy` is
+        not: a gradient into it raises NotImplementedError (detach it, or use naive.linear_logp).
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or options that do not fit.
@@ -74,7 +74,7 @@ def needs_grad(*tensors: Tensor | None) -> list[bool]:
 
 def _fake_linear_logp(hidden, weight, bias, labels, draws, epsilon, *options):
     num_rows, dtype = hidden.shape[0], full_precision(options[-1])
-    stats = hidden.new_empty(num_rows, dtype=dtype), hidden.new_empty(num_rows, dtype=dtype)
+    stats = (hidden.new_empty(num_rows, dtype=dtype) for _ in TokenLogp._fields)
     return *stats, [] if draws is None else list(new_entries(num_rows, epsilon, dtype, hidden.device))
 
 
@@ -90,8 +90,8 @@ def _linear_logp(
     logit_scale: float,
     chunk_bytes: int | None,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """logp (N,), entropy (N,), and with draws the `Entries` of the rows that go through the head, first of all rows."""
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """logp, entropy, is_top1 (N,), and with draws the `Entries` of rows that go through the head, first of all rows."""
     options = HeadOptions(softcap, logit_scale, chunk_bytes)
     rows = ScoredRows(labels, weight.shape[0], hidden.device)
     sampling = None
@@ -101,8 +101,9 @@ def _linear_logp(
     head = LMHead(hidden, weight, bias, rows, options, dtype, False, sampling)
     for start, end in head.pieces():
         head.score(start, end)
-    logp, entropy = head.stats[0], head.stats[1].clone()  # results of an operator share no memory
-    return rows.spread(logp), rows.spread(entropy), [] if sampling is None else list(sampling.entries)
+    logp, *others = head.stats
+    entropy, is_top1 = (rows.spread(other.clone()) for other in others)  # results of an operator share no memory
+    return rows.spread(logp), entropy, is_top1, [] if sampling is None else list(sampling.entries)
 
 
 def _fake_linear_logp_backward(d_logp, hidden, weight, bias, labels, entries, *options):
@@ -196,14 +197,15 @@ class LinearLogp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, draws, epsilon, *options):
         *ctx.options, ctx.needs = options
-        logp, entropy, entries = _linear_logp(hidden, weight, bias, labels, draws, epsilon, *ctx.options)
+        logp, entropy, is_top1, entries = _linear_logp(hidden, weight, bias, labels, draws, epsilon, *ctx.options)
         ctx.save_for_backward(hidden, weight, bias, labels, *entries)
+        ctx.mark_non_differentiable(is_top1)
         ctx.set_materialize_grads(False)
-        return logp, entropy
+        return logp, entropy, is_top1
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_logp, d_entropy):
+    def backward(ctx, d_logp, d_entropy, _):
         if d_entropy is not None:
             if not torch.compiler.is_compiling():
                 raise NotImplementedError(

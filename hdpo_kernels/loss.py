@@ -106,7 +106,8 @@ def linear_hdpo_loss(
             d_weight, which is to be summed over the group like the gradients of the rest of the model.
 
     Returns:
-        HDPOLoss(loss, logps, entropy, chosen_rewards, rejected_rewards, margins); only `loss` carries a gradient.
+        HDPOLoss(loss, logps, entropy, chosen_rewards, rejected_rewards, margins, accuracy); only `loss` carries a
+        gradient.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices, boundaries, labels or options that do not fit.
@@ -176,8 +177,8 @@ def _linear_hdpo_loss(
     sp_name: str | None,
     dtype: torch.dtype,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """loss (), logps (S,), entropy (S,), rewards (S,), margins (P,), row_scale (N,), gradients.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """loss (), logps (S,), entropy (S,), accuracy (S,), rewards (S,), margins (P,), row_scale (N,), gradients.
 
     Gradients are those of d_hidden (N, H), d_weight (V, H), d_bias (V,) that `needs` names: d_hidden still without
     row_scale, ∂loss/∂ℓ of each row's sequence; d_weight and d_bias in full precision.

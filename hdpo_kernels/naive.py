@@ -26,6 +26,7 @@ class TokenLogp(NamedTuple):
 
     logp: Tensor  # (N,) log-probability of the label
     entropy: Tensor  # (N,) entropy of the row's distribution
+    is_top1: Tensor  # (N,) 1 where no logit is larger than the label's, else 0
 
 
 class HDPOLoss(NamedTuple):
@@ -37,6 +38,7 @@ class HDPOLoss(NamedTuple):
     chosen_rewards: Tensor  # (P,) β(αℓ − ρ): the α-weighted implicit reward, the one the loss sees
     rejected_rewards: Tensor  # (P,)
     margins: Tensor  # (P,) chosen_rewards − rejected_rewards
+    accuracy: Tensor | None = None  # (S,) share of scored tokens with is_top1; None where entropy is
 
 
 def linear_logp(hidden, weight, labels, *, bias=None, softcap=None, logit_scale=1.0) -> TokenLogp:
@@ -186,10 +188,10 @@ def hdpo_loss(logits, labels, cu_seqlens, ref_logps, *, softcap=None, logit_scal
     """The loss from logits (N, V); loss_options: those of `pair_loss` but lengths (default: alpha 1, beta 0.1)."""
     token = _token_logp(logits, labels, softcap, logit_scale)
     lengths = sequence_sum((labels != IGNORE_INDEX).to(token.logp.dtype), cu_seqlens)
-    entropy = sequence_sum(token.entropy, cu_seqlens) / lengths.clamp(min=1)
+    entropy, accuracy = (sequence_sum(x, cu_seqlens) / lengths.clamp(min=1) for x in (token.entropy, token.is_top1))
     options = {"alpha": 1.0, "beta": 0.1, **loss_options}
     result = pair_loss(sequence_sum(token.logp, cu_seqlens), ref_logps, lengths=lengths, **options)
-    return result._replace(entropy=entropy)
+    return result._replace(entropy=entropy, accuracy=accuracy)
 
 
 def linear_hdpo_loss(
@@ -206,7 +208,10 @@ def _token_logp(logits, labels, softcap, logit_scale) -> TokenLogp:
         z = softcap * torch.tanh(z / softcap)
     scored = labels != IGNORE_INDEX
     log_p = torch.log_softmax(z, dim=-1)
-    logp = log_p.gather(-1, labels.masked_fill(~scored, 0).unsqueeze(-1)).squeeze(-1)
+    y = labels.masked_fill(~scored, 0).unsqueeze(-1)
+    logp = log_p.gather(-1, y).squeeze(-1)
+    # of logits: log-probs are rounded, and may be equal where those are not. A NaN is no likeliest token.
+    is_top1 = (z.gather(-1, y) == z.amax(-1, keepdim=True)).squeeze(-1) & ~logp.isnan() & scored
     # p log p → 0 where p = 0, which also keeps a logit of −inf (a vocabulary entry switched off) from making NaN
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)
-    return TokenLogp(torch.where(scored, logp, 0), torch.where(scored, entropy, 0))
+    return TokenLogp(torch.where(scored, logp, 0), torch.where(scored, entropy, 0), is_top1.to(z.dtype))

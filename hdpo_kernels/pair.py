@@ -267,7 +267,7 @@ def pair_loss(
         discopop_tau: temperature of the loss "discopop".
 
     Returns:
-        HDPOLoss with entropy None. Only `loss` carries a gradient.
+        HDPOLoss with entropy and accuracy None. Only `loss` carries a gradient.
 
     Raises:
         ValueError: options out of range, an odd number of sequences, or lengths missing where needed.

@@ -68,17 +68,17 @@ class VocabShard:
         return own.masked_fill(labels == IGNORE_INDEX, IGNORE_INDEX)
 
     def merge(self, stats: Tensor) -> Tensor:
-        """Statistics (4, n) of rows of logits from those of this shard; see `merge_stats`."""
+        """Statistics (5, n) of rows of logits from those of this shard; see `merge_stats`."""
         return merge_stats(self._ranks.gather(stats))
 
 
 def merge_stats(stats: Tensor) -> Tensor:
-    """(R, 4, n) -> (4, n): statistics of rows whose vocabulary is cut into R shards.
+    """(R, 5, n) -> (5, n): statistics of rows whose vocabulary is cut into R shards.
 
-    The four of a row: m = max z; log Σ e^(z − m); the label's log-probability, NaN in shards without the label;
-    entropy, both by the shard's own softmax.
+    The five of a row: m = max z; log Σ e^(z − m); the label's log-probability, NaN in shards without the label;
+    entropy, both by the shard's own softmax; whether the label's logit is the shard's m, 1 or 0.
     """
-    m, log_total, logp, entropy = stats.unbind(1)
+    m, log_total, logp, entropy, is_top1 = stats.unbind(1)
     top = m.amax(0)
     shift = m - top
     off = m == -torch.inf  # a shard that is switched off
@@ -89,4 +89,7 @@ def merge_stats(stats: Tensor) -> Tensor:
     of_label = logp + log_total + shift
     no_label = of_label.isnan()
     label = of_label.masked_fill(no_label, 0).sum(0).masked_fill(no_label.all(0), torch.nan)
-    return torch.stack([top, log_all, label - log_all, log_all - mean])
+    label = label - log_all
+    # by logits, not by merged log-probs, which are rounded
+    is_top1 = is_top1.masked_fill(m < top, 0).amax(0).masked_fill(label.isnan(), 0)
+    return torch.stack([top, log_all, label, log_all - mean, is_top1])

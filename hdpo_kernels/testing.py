@@ -128,18 +128,18 @@ def true_outcome(
 
     slices = [slice(start, start + slice_rows) for start in range(0, len(labels), slice_rows)]
     with torch.no_grad():
-        logp, entropy = (torch.cat(parts) for parts in zip(*map(token_logp, slices), strict=True))
+        logp, *others = (torch.cat(parts) for parts in zip(*map(token_logp, slices), strict=True))
     lengths = naive.sequence_sum((labels != IGNORE_INDEX).double(), cu_seqlens)
     logps = naive.sequence_sum(logp, cu_seqlens).requires_grad_()
     options = {"alpha": 1.0, "beta": 0.1, **loss_options}
     result = naive.pair_loss(logps, exact.ref_logps, lengths=lengths, **options)
-    entropy = naive.sequence_sum(entropy, cu_seqlens) / lengths.clamp(min=1)
+    entropy, accuracy = (naive.sequence_sum(x, cu_seqlens) / lengths.clamp(min=1) for x in others)
     (per_sequence,) = torch.autograd.grad(result.loss, logps)
     per_row = per_sequence.repeat_interleave(torch.tensor(cu_seqlens, device=logps.device).diff())
     for rows in slices:
         (token_logp(rows).logp * per_row[rows]).sum().backward()
     grads = [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves]
-    result = result._replace(loss=result.loss.detach(), logps=logps.detach(), entropy=entropy)
+    result = result._replace(loss=result.loss.detach(), logps=logps.detach(), entropy=entropy, accuracy=accuracy)
     return Outcome(result, grads[0], grads[1], grads[2] if bias is not None else None)
 
 

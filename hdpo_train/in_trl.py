@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hdpo_kernels import linear_logp
@@ -18,7 +17,6 @@ from hdpo_kernels.lm_head import HeadOptions
 VERSION = "1.16."  # of TRL: the one whose trainer takes the same steps with and without (tests/train/test_trl.py)
 _HERE = ("log_probs", "entropy", "mean_logits", "is_top1")
 _BLOCK = 256  # rows whose logits the metrics hold at a time
-_SURE = 1e-3  # nats: more than an entropy or a log-prob is off by rounding
 
 
 @contextmanager
@@ -75,14 +73,13 @@ def _score(
         raise NotImplementedError(f"linear_logp is fitted to DPOTrainer, which has no temperature, got {temperature}")
     if hasattr(weight, "ds_id"):
         raise NotImplementedError("ZeRO-3 takes the head's weight away before linear_logp's backward: use FSDP2 or DDP")
-    logp, entropy = linear_logp(hidden, weight, labels, bias=bias, softcap=softcap, logit_scale=logit_scale, **options)
-    head = hidden, weight, bias, logit_scale
+    token = linear_logp(hidden, weight, labels, bias=bias, softcap=softcap, logit_scale=logit_scale, **options)
     return (
-        logp,
-        entropy if "entropy" in outputs else None,
+        token.logp,
+        token.entropy if "entropy" in outputs else None,
         None,
-        _mean_logits(*head, softcap) if "mean_logits" in outputs else None,
-        _is_top1(*head, labels, logp, entropy) if "is_top1" in outputs else None,
+        _mean_logits(hidden, weight, bias, logit_scale, softcap) if "mean_logits" in outputs else None,
+        token.is_top1.bool() if "is_top1" in outputs else None,
     )
 
 
@@ -95,26 +92,3 @@ def _mean_logits(
     logits = torch.cat([(block.float() * mean).sum(1) for block in hidden.split(_BLOCK)])
     logits = logit_scale * (logits if bias is None else logits + bias.mean(dtype=torch.float32))
     return logits if softcap is None else torch.full_like(logits, torch.nan)
-
-
-@torch.no_grad()
-def _is_top1(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    labels: Tensor,
-    logp: Tensor,
-    entropy: Tensor,
-) -> Tensor:
-    """Whether the label is the first of the likeliest tokens.
-
-    It is where it has more than half of the probability. It is not where log p < −entropy, which is the mean of all
-    log-probs and no larger than the largest of them. The logits of the rows between are computed once more.
-    """
-    top = logp > -0.693
-    between = ((logp >= -entropy - _SURE) & (logp <= -0.693 + _SURE)).nonzero().squeeze(1)
-    for rows in between.split(_BLOCK):
-        logits = logit_scale * F.linear(hidden[rows], weight, bias)
-        top[rows] = logits.argmax(1) == labels[rows]
-    return top

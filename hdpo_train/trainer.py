@@ -77,8 +77,9 @@ class HDPOTrainer(ResumableTrainer):
     Metrics: rewards/chosen, rewards/rejected (α-weighted, β(αℓ − ρ)), rewards/accuracies, rewards/margins,
     rewards/initial_margins ((α − 1)β(ρ_w − ρ_l): the margin of an untrained policy; both with α_s = 1 + (α − 1) n̄/n_s
     in α's place where alpha_level is "token"), logps/chosen, logps/rejected, entropy, entropy/chosen, entropy/rejected
-    (nats per completion token), aux_loss (of the routers of a mixture of experts), num_tokens (of prompt and completion
-    of all sequences so far: the same number whatever the layout).
+    (nats per completion token), mean_token_accuracy (share of the chosen completions' tokens that are the policy's
+    likeliest), aux_loss (of the routers of a mixture of experts), num_tokens (of prompt and completion of all sequences
+    so far: the same number whatever the layout).
 
     Raises:
         ValueError: a head that cannot be represented, data that cannot be trained on, options out of range.

@@ -1,6 +1,6 @@
 """The pair operation, from rows to the loss: sums over the sequences of each pair → its loss → what scales its rows.
 
-    stats (2, N) ── sums ──> logps, entropy (S,) ── pair.py's maths ──> terms, slope (P,), rewards (S,)
+    stats (3, N) ── sums ──> logps, entropy, accuracy (S,) ── pair.py's maths ──> terms, slope (P,), rewards (S,)
     row_scale (N,) <── spread ── c (S,) = a · slope + k <──────────────────────────┘
 
 torch.py and triton.py have the same function:

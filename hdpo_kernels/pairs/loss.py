@@ -54,9 +54,10 @@ def own_loss(
             f"got {got}"
         )
     loss = loss if not loss.dim() else loss.sum() / max(len(loss), 1)
-    entropy = sequence_sum(token.entropy.detach(), cu_seqlens) / lengths.clamp(min=1)
+    entropy, accuracy = (sequence_sum(x.detach(), cu_seqlens) / lengths.clamp(min=1) for x in token[1:])
     rewards = values.rewards.detach().view(-1, 2)
-    return HDPOLoss(loss, logps.detach(), entropy, rewards[:, 0], rewards[:, 1], values.margins.detach())
+    chosen, rejected = rewards.unbind(1)
+    return HDPOLoss(loss, logps.detach(), entropy, chosen, rejected, values.margins.detach(), accuracy)
 
 
 def pairs_of(rows: ScoredStats, options: PairOptions, need: bool, sp: Ranks) -> Pairs:
@@ -64,7 +65,7 @@ def pairs_of(rows: ScoredStats, options: PairOptions, need: bool, sp: Ranks) -> 
     return pair_operation(rows.stats).score_pairs(None, 0, len(rows.bounds) // 2, rows, options, sp, need)
 
 
-def _fake_token_hdpo_loss(logp, entropy, labels, ref_logps, cu_seqlens, *options):
+def _fake_token_hdpo_loss(logp, entropy, is_top1, labels, ref_logps, cu_seqlens, *options):
     return fake_results(logp, cu_seqlens, logp.dtype, options[-1])
 
 
@@ -72,17 +73,18 @@ def _fake_token_hdpo_loss(logp, entropy, labels, ref_logps, cu_seqlens, *options
 def _token_hdpo_loss(
     logp: Tensor,
     entropy: Tensor,
+    is_top1: Tensor,
     labels: Tensor,
     ref_logps: Tensor | None,
     cu_seqlens: Tensor,
     loss_numbers: list[float],
     sp_name: str | None,
     need: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (), logps (S,), entropy (S,), rewards (S,), margins (P,), row_scale (N,)"""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss (), logps (S,), entropy (S,), accuracy (S,), rewards (S,), margins (P,), row_scale (N,)"""
     bounds = boundaries(cu_seqlens, logp.shape[0])
     labels, cu_seqlens = to_device([labels.contiguous(), cu_seqlens.contiguous()], logp.device)
-    rows = ScoredStats(torch.stack([logp, entropy]), labels, bounds, cu_seqlens, ref_logps)
+    rows = ScoredStats(torch.stack([logp, entropy, is_top1]), labels, bounds, cu_seqlens, ref_logps)
     options = PairOptions.from_numbers(loss_numbers)
     return results(pairs_of(rows, options, need, Ranks(sp_name)))
 
@@ -104,18 +106,18 @@ class TokenHDPOLoss(torch.autograd.Function):
         return None if d_loss is None else d_loss * row_scale, *(None,) * (ctx.num_inputs - 1)
 
 
-def results(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What an operator returns of them: loss (), logps, entropy, rewards (S,), margins (P,), row_scale (N,)."""
+def results(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What an operator returns: loss (), logps, entropy, accuracy, rewards (S,), margins (P,), row_scale (N,)."""
     return pairs.terms.sum(), *pairs[2:]
 
 
 def fake_results(like: Tensor, cu_seqlens: Tensor, dtype: torch.dtype, need: bool) -> tuple[Tensor, ...]:
     num_sequences = cu_seqlens.shape[0] - 1
-    sizes = (*[num_sequences] * 3, num_sequences // 2, like.shape[0] if need else 0)
+    sizes = (*[num_sequences] * 4, num_sequences // 2, like.shape[0] if need else 0)
     return like.new_empty((), dtype=dtype), *(like.new_empty(size, dtype=dtype) for size in sizes)
 
 
 def unpack(results: tuple[Tensor, ...]) -> HDPOLoss:
-    loss, logps, entropy, rewards, margins = results
+    loss, logps, entropy, accuracy, rewards, margins = results
     chosen, rejected = rewards.view(-1, 2).unbind(1)
-    return HDPOLoss(loss, logps, entropy, chosen, rejected, margins)
+    return HDPOLoss(loss, logps, entropy, chosen, rejected, margins, accuracy)

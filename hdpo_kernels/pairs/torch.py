@@ -31,11 +31,12 @@ def score_pairs(
     bounds = [b - here.start for b in rows.bounds[seqs.start : seqs.stop + 1]]
     operations = backend(rows.stats)
     lengths = sp.sum(scored_lengths(rows, seqs)) if rows.lengths is None else rows.lengths[seqs]
-    logps, entropy = sp.sum(operations.sequence_sum(rows.stats[:, here], bounds)).unbind(0)
+    logps, *others = sp.sum(operations.sequence_sum(rows.stats[:, here], bounds)).unbind(0)
     ref_logps = None if rows.ref_logps is None else rows.ref_logps[seqs].to(logps.dtype)
     tokens = None if rows.lengths is None else rows.lengths[0::2].sum()  # of all chosen sequences
     scored = pair.score(logps, ref_logps, lengths, options, num_pairs, tokens)
-    entropy, row_scale = entropy / lengths.clamp(min=1), rows.stats[0, :0]
+    entropy, accuracy = (sums / lengths.clamp(min=1) for sums in others)
+    row_scale = rows.stats[0, :0]
     if need:
         a, k = pair.sequence_coefficients(num_pairs, lengths, options, scored.alphas, tokens)
         if scored.by_sequence is None:
@@ -44,11 +45,11 @@ def score_pairs(
             c = scored.alphas * scored.by_sequence / max(num_pairs, 1)
         c = c if k is None else c + k
         row_scale = operations.sequence_spread(c, bounds)
-    part = Pairs(scored.terms, scored.slope, logps, entropy, scored.rewards, scored.margins, row_scale)
+    part = Pairs(scored.terms, scored.slope, logps, entropy, accuracy, scored.rewards, scored.margins, row_scale)
     if out is None:
         return part
     pairs = slice(first, last)
-    places = (pairs, pairs, seqs, seqs, seqs, pairs, here if need else slice(None))
+    places = (pairs, pairs, seqs, seqs, seqs, seqs, pairs, here if need else slice(None))
     for whole, place, values in zip(out, places, part, strict=True):
         whole[place] = values
     return out

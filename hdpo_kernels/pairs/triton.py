@@ -21,19 +21,21 @@ BLOCK_N = 1024  # rows that a program sums at a time
 
 @triton.jit
 def _sum_rows(stats_ptr, N, labels_ptr, start, end, BLOCK_N: tl.constexpr):
-    """Sums of logp and entropy, and the number of scored rows, of one sequence."""
+    """Sums of logp, entropy and is_top1, and the number of scored rows, of one sequence."""
     logp = tl.zeros([BLOCK_N], tl.float32)
     entropy = tl.zeros([BLOCK_N], tl.float32)
+    top1 = tl.zeros([BLOCK_N], tl.float32)
     scored = tl.zeros([BLOCK_N], tl.int32)
     for first in range(start, end, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)
         mask_n = offs_n < end
         logp += tl.load(stats_ptr + offs_n, mask=mask_n, other=0.0)
         entropy += tl.load(stats_ptr + N + offs_n, mask=mask_n, other=0.0)
+        top1 += tl.load(stats_ptr + 2 * N + offs_n, mask=mask_n, other=0.0)
         label = tl.load(labels_ptr + offs_n, mask=mask_n, other=_IGNORE_INDEX)
         scored += (label != _IGNORE_INDEX).to(tl.int32)
     length = tl.maximum(tl.sum(scored, 0), 1).to(tl.float32)  # an empty sequence divides by 1, not by 0
-    return tl.sum(logp, 0), tl.sum(entropy, 0), length
+    return tl.sum(logp, 0), tl.sum(entropy, 0), tl.sum(top1, 0), length
 
 
 @triton.jit
@@ -84,18 +86,18 @@ def _objective(u, beta, smoothing, LOSS: tl.constexpr):
     do_not_specialize=["N", "first", "num_pairs"], do_not_specialize_on_alignment=["stats_ptr", "ref_logps_ptr"]
 )
 def _pair_kernel(
-    stats_ptr, N, labels_ptr, cu_seqlens_ptr, ref_logps_ptr, terms_ptr, slope_ptr, logps_ptr, entropy_ptr, rewards_ptr,
-    margins_ptr, row_scale_ptr, first, num_pairs, alpha, beta, smoothing, nll_weight, LOSS: tl.constexpr,
+    stats_ptr, N, labels_ptr, cu_seqlens_ptr, ref_logps_ptr, terms_ptr, slope_ptr, logps_ptr, entropy_ptr, accuracy_ptr,
+    rewards_ptr, margins_ptr, row_scale_ptr, first, num_pairs, alpha, beta, smoothing, nll_weight, LOSS: tl.constexpr,
     BY_TOKEN: tl.constexpr, HAS_REF: tl.constexpr, HAS_GRAD: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One pair: everything of it in `Pairs`, from the log-probs and entropies of its rows."""
+    """One pair: everything of it in `Pairs`, from the statistics of its rows."""
     pair = first + tl.program_id(0)
     chosen, rejected = 2 * pair, 2 * pair + 1
     start = tl.load(cu_seqlens_ptr + chosen).to(tl.int64)
     middle = tl.load(cu_seqlens_ptr + rejected).to(tl.int64)
     end = tl.load(cu_seqlens_ptr + rejected + 1).to(tl.int64)
-    logp_w, entropy_w, n_w = _sum_rows(stats_ptr, N, labels_ptr, start, middle, BLOCK_N)
-    logp_l, entropy_l, n_l = _sum_rows(stats_ptr, N, labels_ptr, middle, end, BLOCK_N)
+    logp_w, entropy_w, top1_w, n_w = _sum_rows(stats_ptr, N, labels_ptr, start, middle, BLOCK_N)
+    logp_l, entropy_l, top1_l, n_l = _sum_rows(stats_ptr, N, labels_ptr, middle, end, BLOCK_N)
 
     alpha_w, alpha_l = alpha, alpha
     if BY_TOKEN:  # see `pair._alphas`
@@ -120,6 +122,8 @@ def _pair_kernel(
     tl.store(logps_ptr + rejected, logp_l)
     tl.store(entropy_ptr + chosen, entropy_w / n_w)
     tl.store(entropy_ptr + rejected, entropy_l / n_l)
+    tl.store(accuracy_ptr + chosen, top1_w / n_w)
+    tl.store(accuracy_ptr + rejected, top1_l / n_l)
     tl.store(rewards_ptr + chosen, beta * score_w)
     tl.store(rewards_ptr + rejected, beta * score_l)
     tl.store(margins_ptr + pair, beta * score_w - beta * score_l)

@@ -1,7 +1,7 @@
 """Row operations, as Triton kernels, and with torch where those do not run.
 
 Both modules have the same functions, n rows, V vocabulary, S sequences:
-    row_stats(logits (n, V), labels (n,), out=, …)  -> TokenLogp(logp (n,), entropy (n,)); and rows of the gradient
+    row_stats(logits (n, V), labels (n,), out=, …)  -> TokenLogp of three (n,); and rows of the gradient
     sequence_sum(values (…, N), cu_seqlens)         -> (…, S)
     sequence_spread(values (S,), cu_seqlens)        -> (N,)
     scale_rows(rows (n, H), scale (n,), …)          -> (n, H)

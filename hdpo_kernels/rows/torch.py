@@ -37,10 +37,10 @@ def row_stats(
 ) -> TokenLogp:
     n, vocab = logits.shape
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    out = TokenLogp(*torch.empty(2, n, dtype=dtype, device=logits.device)) if out is None else out
+    out = TokenLogp(*torch.empty(3, n, dtype=dtype, device=logits.device)) if out is None else out
     if merge is not None:
-        logp, entropy = _sharded_row_stats(logits, labels, bias, softcap, logit_scale, grad_out, merge)
-        return TokenLogp(out.logp.copy_(logp), out.entropy.copy_(entropy))
+        sharded = _sharded_row_stats(logits, labels, bias, softcap, logit_scale, grad_out, merge)
+        return TokenLogp(*(mine.copy_(of_all) for mine, of_all in zip(out, sharded, strict=True)))
     # What has one number a row is computed once for all rows, not a block at a time.
     numbers = torch.empty(5, n, 1, dtype=dtype, device=logits.device)  # top, total, largest, label_z, sum_pz
     y, ignored, valid = labels.unsqueeze(1), None, None
@@ -98,12 +98,14 @@ def row_stats(
             here.copy_(grad)
     _, total, largest, label_z, sum_pz = numbers.view(5, n).unbind(0)
     log_total = (total / largest).log_()
+    torch.eq(label_z, 0, out=out.is_top1)  # the maximum is subtracted
     torch.sub(label_z, log_total, out=out.logp)
     torch.sub(log_total, sum_pz.div_(total), out=out.entropy)
     if valid is not None and ignored is not None:
         ignored = ignored.squeeze(1)
         out.logp.masked_fill_(~valid.squeeze(1), torch.nan).masked_fill_(ignored, 0)
         out.entropy.masked_fill_(ignored, 0)
+        out.is_top1.masked_fill_(~valid.squeeze(1), 0)
     return out
 
 
@@ -128,7 +130,7 @@ def _sharded_row_stats(
     top = z.amax(1)
     log_total = (z - top.unsqueeze(1)).exp_().sum(1).log_()
     own = row_stats(z, labels, overwrite=False)
-    top, log_total, logp, entropy = merge(torch.stack([top, log_total, own.logp, own.entropy]))
+    top, log_total, *merged = merge(torch.stack([top, log_total, *own]))
     if grad_out is not None:
         p = (z - top.unsqueeze(1)).sub_(log_total.unsqueeze(1)).exp_()
         grad = torch.threshold_(p, _FLUSH_BELOW, 0.0).neg_()
@@ -137,7 +139,7 @@ def _sharded_row_stats(
         if tanh is not None:
             grad.mul_(1 - tanh.square())
         grad_out.copy_(grad.mul_(logit_scale).masked_fill_(~scored.unsqueeze(1), 0))
-    return TokenLogp(logp.masked_fill(~scored, 0), entropy.masked_fill(~scored, 0))
+    return TokenLogp(*(of_all.masked_fill(~scored, 0) for of_all in merged))
 
 
 def _sample(

@@ -31,7 +31,8 @@ WHOLE_ROW = 32768
 BLOCK_N = 1024
 BLOCK_H = 1024  # columns of a thin matrix that a program scales
 TIMES_BLOCK = 2048
-_PER_ROW = ["labels_ptr", "max_ptr", "log_total_ptr", "logp_ptr", "entropy_ptr", "draws_ptr", "scale_ptr"]
+_STATS = ["max_ptr", "log_total_ptr", "logp_ptr", "entropy_ptr", "is_top1_ptr"]
+_PER_ROW = ["labels_ptr", *_STATS, "draws_ptr", "scale_ptr"]
 
 
 @triton.jit
@@ -55,6 +56,12 @@ def _head_transform(
 
 
 @triton.jit
+def _is_top1(z_y, m, logp, ignored):
+    # z_y and m are compared, not subtracted: a product fused into a subtraction is not rounded as it was in m
+    return tl.where((z_y >= m) & (logp == logp) & (ignored == 0), 1.0, 0.0)  # NaN is no likeliest token
+
+
+@triton.jit
 def _load_tile(logits_ptr, start, V, BLOCK_V: tl.constexpr):
     offs_v = start + tl.arange(0, BLOCK_V)
     return tl.load(logits_ptr + offs_v, mask=offs_v < V, other=0.0)
@@ -62,10 +69,10 @@ def _load_tile(logits_ptr, start, V, BLOCK_V: tl.constexpr):
 
 @triton.jit(do_not_specialize_on_alignment=_PER_ROW)
 def _row_stats_kernel(
-    logits_ptr, logits_stride, labels_ptr, bias_ptr, max_ptr, log_total_ptr, logp_ptr, entropy_ptr, V, softcap,
-    logit_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+    logits_ptr, logits_stride, labels_ptr, bias_ptr, max_ptr, log_total_ptr, logp_ptr, entropy_ptr, is_top1_ptr, V,
+    softcap, logit_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp (m + log Σ), logp and entropy of one row in one read.
+    """Log-sum-exp (m + log Σ), logp, entropy and is_top1 of one row in one read.
 
     An online softmax with Σ e^(z−m) and Σ e^(z−m)·(z−m).
     """
@@ -109,6 +116,7 @@ def _row_stats_kernel(
     tl.store(log_total_ptr + row, log_total)
     tl.store(logp_ptr + row, tl.where(ignored, 0.0, logp))
     tl.store(entropy_ptr + row, tl.where(ignored, 0.0, log_total - tl.sum(sum_ed, 0) / total))
+    tl.store(is_top1_ptr + row, _is_top1(z_y, m, logp, ignored))
 
 
 @triton.jit(do_not_specialize_on_alignment=_PER_ROW)
@@ -132,8 +140,8 @@ def _row_grad_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=_PER_ROW)
 def _whole_row_kernel(
-    logits_ptr, logits_stride, grad_ptr, grad_stride, labels_ptr, bias_ptr, logp_ptr, entropy_ptr, V, softcap,
-    logit_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+    logits_ptr, logits_stride, grad_ptr, grad_stride, labels_ptr, bias_ptr, logp_ptr, entropy_ptr, is_top1_ptr, V,
+    softcap, logit_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """`_row_stats_kernel` and `_row_grad_kernel` of a row of at most BLOCK_V numbers, which is read once.
 
@@ -162,6 +170,7 @@ def _whole_row_kernel(
     ignored = label == _IGNORE_INDEX
     tl.store(logp_ptr + row, tl.where(ignored, 0.0, logp))
     tl.store(entropy_ptr + row, tl.where(ignored, 0.0, entropy))
+    tl.store(is_top1_ptr + row, _is_top1(z_y, m, logp, ignored))
     grad = tl.where(offs_v == label, 1.0, 0.0) - tl.exp((z - m) - log_total)
     if HAS_SOFTCAP:
         t = z * (1.0 / softcap)
@@ -283,10 +292,9 @@ def row_stats(
     merge: Callable[[Tensor], Tensor] | None = None,  # logits are a shard of the vocabulary: see parallel.VocabShard
 ) -> TokenLogp:
     n, vocab = logits.shape
-    out = TokenLogp(*torch.empty(2, n, dtype=torch.float32, device=logits.device)) if out is None else out
+    out = TokenLogp(*torch.empty(3, n, dtype=torch.float32, device=logits.device)) if out is None else out
     if n == 0:
         return out
-    logp, entropy = out
     flags = dict(HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None)
     scalars = (vocab, 1.0 if softcap is None else float(softcap), float(logit_scale))
     rows = (logits, logits.stride(0))
@@ -294,17 +302,17 @@ def row_stats(
     if isinstance(grad_out, Tensor) and merge is None and vocab <= longest_whole_row(**flags):
         whole = whole_row_tile(vocab, 64 if torch.version.hip else 32)
         _whole_row_kernel[(n,)](
-            *rows, grad_out, grad_out.stride(0), labels, bias_or_dummy, logp, entropy, *scalars, **flags, **whole
+            *rows, grad_out, grad_out.stride(0), labels, bias_or_dummy, *out, *scalars, **flags, **whole
         )
         return out
 
     block_v = min(BLOCK_V, triton.next_power_of_2(vocab))
     head = dict(**flags, BLOCK_V=block_v, num_warps=NUM_WARPS)
     top, log_total = torch.empty(2, n, dtype=torch.float32, device=logits.device)
-    _row_stats_kernel[(n,)](*rows, labels, bias_or_dummy, top, log_total, logp, entropy, *scalars, **head)
+    _row_stats_kernel[(n,)](*rows, labels, bias_or_dummy, top, log_total, *out, *scalars, **head)
     if merge is not None:
         ignored = labels == IGNORE_INDEX
-        top, log_total, *merged = merge(torch.stack([top, log_total, logp, entropy]))
+        top, log_total, *merged = merge(torch.stack([top, log_total, *out]))
         for mine, of_all in zip(out, merged, strict=True):
             mine.copy_(of_all.masked_fill(ignored, 0))
     if isinstance(grad_out, Sampling):

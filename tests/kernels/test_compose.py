@@ -119,7 +119,7 @@ def test_operators_pass_opcheck(needs, bias):
     head = (30.0, 1.0, 4 * V * 8)
     ops = torch.ops.hdpo
     draws = torch.arange(N) * (2**32 // N)
-    entries = ops.linear_logp(hidden, weight, b, INPUTS.labels, draws, 2**-5, *head, torch.float32)[2]
+    entries = ops.linear_logp(hidden, weight, b, INPUTS.labels, draws, 2**-5, *head, torch.float32)[-1]
     calls = [
         (ops.linear_hdpo_loss, (hidden, weight, b, INPUTS.labels, INPUTS.ref_logps, CU_SEQLENS, *head, LOSS_NUMBERS,
                                 None, None, torch.float32, needs)),

@@ -24,7 +24,7 @@ def make_inputs(n: int, vocab: int, hidden_size: int, dtype=torch.float32, **opt
 
 
 def oracle(logits: Tensor, labels: Tensor, bias=None, softcap=None, logit_scale=1.0) -> tuple[Tensor, ...]:
-    """logp and entropy by the specification, in the logits' dtype."""
+    """The three statistics by the specification, in the logits' dtype."""
     logits = logits if bias is None else logits + bias.to(logits.dtype)
     return naive._token_logp(logits, labels, softcap, logit_scale)
 
@@ -72,7 +72,7 @@ def test_linear_stats_match_the_oracle_in_any_number_of_splits(splits, monkeypat
 
 def test_linear_stats_of_no_rows_are_empty():
     hidden, weight, labels = make_inputs(1, 300, 96)
-    assert [t.shape for t in fused.linear_stats(hidden[:0], weight, labels[:0])] == [(0,)] * 2
+    assert [t.shape for t in fused.linear_stats(hidden[:0], weight, labels[:0])] == [(0,)] * 3
 
 
 def test_linear_stats_of_entries_switched_off_are_those_of_the_others():
@@ -100,7 +100,21 @@ def test_linear_stats_rows_that_are_not_scored_are_zero_whatever_they_hold():
     hidden, weight, labels = make_inputs(5, 300, 96)
     hidden[1], hidden[2, 3] = torch.nan, torch.inf
     stats = fused.linear_stats(hidden, weight, torch.full_like(labels, -100))
-    assert (stats.logp == 0).all() and (stats.entropy == 0).all()
+    assert all((t == 0).all() for t in stats)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5])
+def test_linear_stats_is_top1_is_that_of_the_oracle_with_ties(splits, monkeypatch):
+    monkeypatch.setattr(fused, "choose_splits", lambda *_: splits)
+    rng = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randint(-1, 2, (n, 16), generator=rng).float().to(DEVICE) for n in (70, 1200))
+    logits = hidden @ weight.T  # small integers: exact, and with many ties
+    labels = logits.argmax(1)
+    labels[::2] = (logits == logits.amax(1, keepdim=True)).float().cumsum(1).argmax(1)[::2]  # the last of the likeliest
+    labels[::3], labels[5] = torch.randint(1200, (24,), generator=rng).to(DEVICE), -100
+    expected = oracle(logits, labels)[2]
+    assert torch.equal(fused.linear_stats(hidden, weight, labels).is_top1, expected)
+    assert 0 < expected.sum() < 70 and (logits == logits.amax(1, keepdim=True)).sum() > 100
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -111,14 +125,17 @@ def test_linear_stats_of_a_row_with_nan_or_inf_are_nan_and_no_others(value):
     bad = torch.zeros(130, dtype=torch.bool, device=DEVICE)
     bad[[1, 129]] = True
     hidden[1, 95], hidden[129] = value, value
-    for before, after in zip(clean, fused.linear_stats(hidden, weight, labels), strict=True):
-        assert torch.equal(after.isnan(), bad) and torch.equal(after[~bad], before[~bad])
+    stats = fused.linear_stats(hidden, weight, labels)
+    for before, after in zip(clean, stats, strict=True):
+        assert torch.equal(after.isnan(), bad & (after is not stats.is_top1)) and torch.equal(after[~bad], before[~bad])
+    assert (stats.is_top1[bad] == 0).all()
 
 
 def test_linear_stats_of_a_weight_with_nan_are_nan():
     hidden, weight, labels = make_inputs(3, 700, 96)
     weight[300, 5] = torch.nan
-    assert all(t.isnan().all() for t in fused.linear_stats(hidden, weight, labels))
+    stats = fused.linear_stats(hidden, weight, labels)
+    assert stats.logp.isnan().all() and stats.entropy.isnan().all() and (stats.is_top1 == 0).all()
 
 
 def test_linear_stats_of_a_label_outside_the_vocabulary_have_a_nan_logp():

@@ -105,6 +105,31 @@ def test_linear_hdpo_loss_matches_the_oracle_at_ragged_sizes(device):
     check_loss(zipf_inputs([1, 2], 1, 1, device=device), alpha=0.9)
 
 
+ACCURACIES = {
+    "whole pairs": (linear_hdpo_loss, {}),
+    "parts of long pairs": (linear_hdpo_loss, {"chunk_bytes": ROWS * V * 4}),
+    "two numbers a pair": (linear_hdpo_loss, {"chunk_bytes": ROWS * V * 4, "loss_type": "bco_pair"}),
+    "all pairs": (linear_hdpo_loss, {"loss_type": "aot"}),
+    "a function": (linear_hdpo_loss, {"loss_type": lambda policy, reference, lengths: -policy[0::2]}),
+    "sampled": (linear_hdpo_loss, {"gradient": "sampled", "epsilon": 2**-4}),
+    "logits": (lambda hidden, weight, *rest: hdpo_loss(hidden @ weight.T, *rest), {}),
+}
+
+
+@pytest.mark.parametrize(("function", "options"), ACCURACIES.values(), ids=ACCURACIES.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_accuracy_is_that_of_the_oracle_with_ties(device, function, options, dtype):
+    inputs = zipf_inputs(LENGTHS, V, H, masked=0.15, device=device)
+    hidden, weight = inputs.hidden.round().clamp(-2, 2), (2 * inputs.weight).round().clamp(-2, 2)
+    labels = inputs.labels.where(inputs.labels == -100, (hidden @ weight.T).argmax(1))
+    labels[::4] = inputs.labels[::4]
+    inputs = inputs._replace(hidden=hidden.to(dtype), weight=weight.to(dtype), labels=labels)  # integers: exact logits
+    expected = naive.linear_hdpo_loss(*inputs).accuracy
+    assert 0 < expected.sum() < 6
+    torch.testing.assert_close(run(function, inputs, **options).result.accuracy, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(function(*inputs, **options).accuracy, expected, rtol=1e-6, atol=0)  # no gradient wanted
+
+
 def test_linear_hdpo_loss_of_equal_logits_is_minus_log_vocab(device):
     hidden, weight = torch.randn(5, H, device=device), torch.ones(V, H, device=device)
     result = linear_hdpo_loss(hidden, weight, torch.tensor([0, 1, 2, -100, 96], device=device), [0, 2, 5], None)

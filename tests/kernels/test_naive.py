@@ -48,6 +48,18 @@ def test_linear_logp_of_equal_logits_is_minus_log_vocab():
     torch.testing.assert_close(token.entropy, expected)
 
 
+def test_linear_logp_is_top1_where_no_logit_is_larger():
+    logits = torch.tensor([[1.0, 3.0, 3.0], [1.0, 3.0, 3.0], [1.0, 3.0, 3.0], [5.0, torch.nan, 1.0], [9.0, 1.0, 1.0]])
+    token = naive.linear_logp(logits, torch.eye(3), torch.tensor([1, 2, 0, 0, -100]))
+    assert token.is_top1.tolist() == [1, 1, 0, 0, 0]
+
+
+def test_hdpo_loss_accuracy_is_of_scored_tokens():
+    labels = torch.tensor([0, 1, -100, 0, -100])
+    logits = torch.tensor([[1.0, 0.0]]).expand(5, 2)
+    assert naive.hdpo_loss(logits, labels, [0, 4, 5], None).accuracy.tolist() == pytest.approx([2 / 3, 0])
+
+
 def test_linear_logp_of_two_logits_is_logsigmoid():
     hidden = torch.tensor([[2.0], [-3.0]], dtype=torch.float64)
     weight = torch.tensor([[0.5], [-0.5]], dtype=torch.float64)

@@ -48,8 +48,8 @@ def test_pair_loss_matches_the_oracle(options):
         ours, oracles = logps.clone().requires_grad_(), logps.clone().requires_grad_()
         result = pair_loss(ours, ref, lengths=lengths, **options)
         expected = naive.pair_loss(oracles, ref, lengths=lengths, **options)
-        assert result.entropy is None and expected.entropy is None
-        for name in set(HDPOLoss._fields) - {"entropy"}:
+        assert result.entropy is result.accuracy is expected.entropy is expected.accuracy is None
+        for name in set(HDPOLoss._fields) - {"entropy", "accuracy"}:
             torch.testing.assert_close(getattr(result, name), getattr(expected, name).detach(), msg=name)
         torch.testing.assert_close(
             torch.autograd.grad(result.loss, ours), torch.autograd.grad(expected.loss, oracles), rtol=1e-9, atol=1e-12

@@ -23,7 +23,9 @@ def make_rows(lengths: list[int], seed: int, *, masked: float = 0.2, with_ref: b
     rng = torch.Generator().manual_seed(seed)
     n, bounds = sum(lengths), [0, *itertools.accumulate(lengths)]
     labels = torch.randint(9, (n,), generator=rng).masked_fill(torch.rand(n, generator=rng) < masked, -100)
-    stats = torch.rand(2, n, generator=rng) * torch.tensor([[-4.0], [4.0]]) * (labels != -100)
+    stats = torch.rand(3, n, generator=rng) * torch.tensor([[-4.0], [4.0], [2.0]])
+    stats[2].floor_()
+    stats *= labels != -100
     ref_logps = naive.sequence_sum(stats[0], bounds) + torch.randn(len(lengths), generator=rng)
     ref_logps[: len(lengths) // 5] *= 50
     ref = ref_logps.to(DEVICE) if with_ref else None
@@ -41,12 +43,14 @@ def run(module, rows: ScoredStats, options: PairOptions, parts: list[int] | None
 def oracle(rows: ScoredStats, options: PairOptions) -> tuple[HDPOLoss, Tensor]:
     """The specification in fp64, and its gradient in the log-probability of every row."""
     logp = rows.stats[0].double().requires_grad_()
-    logps, entropy = (naive.sequence_sum(x, rows.bounds) for x in (logp, rows.stats[1].double()))
+    logps, *others = (naive.sequence_sum(x, rows.bounds) for x in (logp, *rows.stats[1:].double()))
     lengths = naive.sequence_sum((rows.labels != -100).double(), rows.bounds)
     ref = None if rows.ref_logps is None else rows.ref_logps.double()
     result = naive.pair_loss(logps, ref, lengths=lengths, **vars(options))
     (grad,) = torch.autograd.grad(result.loss, logp, allow_unused=True)
-    return result._replace(entropy=entropy / lengths.clamp(min=1)), torch.zeros_like(logp) if grad is None else grad
+    entropy, accuracy = (sums / lengths.clamp(min=1) for sums in others)
+    result = result._replace(entropy=entropy, accuracy=accuracy)
+    return result, torch.zeros_like(logp) if grad is None else grad
 
 
 LOSSES = [*((name, "sequence") for name in triton_pairs.LOSSES), ("sigmoid", "token"), ("hinge", "token")]
@@ -73,6 +77,7 @@ def test_pair_kernel_is_as_accurate_as_torch(seed, loss_type, level):
         ("loss", actual.terms.sum(), baseline.terms.sum(), truth.loss.detach()),
         ("logps", actual.logps, baseline.logps, truth.logps.detach()),
         ("entropy", actual.entropy, baseline.entropy, truth.entropy),
+        ("accuracy", actual.accuracy, baseline.accuracy, truth.accuracy),
         ("rewards", actual.rewards, baseline.rewards, rewards),
         ("margins", actual.margins, baseline.margins, truth.margins),
     ):
@@ -140,7 +145,10 @@ def test_score_pairs_of_some_pairs_at_a_time_are_those_of_all(module, loss_type,
 @pytest.mark.parametrize("module", [torch_pairs, triton_pairs])
 def test_score_pairs_of_nothing(module):
     options = PairOptions(0.9, 0.3, nll_weight=0.5)
-    assert [len(x) for x in run(module, make_rows([], 0), options)] == [0] * 7
+    assert [len(x) for x in run(module, make_rows([], 0), options)] == [0] * 8
     empty = run(module, make_rows([0, 0], 0)._replace(ref_logps=None), options)
     torch.testing.assert_close(empty.terms.cpu(), torch.tensor([2.0]).log())
-    assert empty.logps.tolist() == empty.entropy.tolist() == [0, 0] and len(empty.row_scale) == 0
+    assert (
+        empty.logps.tolist() == empty.entropy.tolist() == empty.accuracy.tolist() == [0, 0]
+        and len(empty.row_scale) == 0
+    )

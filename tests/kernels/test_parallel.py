@@ -74,6 +74,15 @@ def test_merged_statistics_are_those_of_the_whole_row(rows, device, cuts, option
         torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("cuts", [[1], [5, 6, 9]])
+def test_merged_is_top1_is_that_of_the_whole_row_with_ties(rows, device, cuts):
+    logits = torch.randint(3, (24, 12), generator=torch.Generator().manual_seed(0)).float().to(device)
+    labels = torch.arange(24, device=device) % 12
+    labels[9] = -100
+    expected = rows.row_stats(logits.clone(), labels).is_top1
+    assert torch.equal(merged(rows, logits, labels, cuts).is_top1, expected) and 5 < expected.sum() < 20
+
+
 def test_merged_statistics_of_hostile_rows(rows, device):
     logits = torch.randn(4, 20, generator=torch.Generator().manual_seed(0)).to(device)
     logits[0, 10:] = -torch.inf  # a shard switched off
@@ -83,4 +92,4 @@ def test_merged_statistics_of_hostile_rows(rows, device):
     truth = naive._token_logp(logits, labels.clamp(max=19), None, 1.0)
     torch.testing.assert_close(actual.logp[[0, 3]], truth.logp[[0, 3]], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(actual.entropy[[0, 3]], truth.entropy[[0, 3]], rtol=1e-6, atol=1e-6)
-    assert actual.logp[[1, 2]].isnan().all()
+    assert actual.logp[[1, 2]].isnan().all() and (actual.is_top1[[1, 2]] == 0).all()

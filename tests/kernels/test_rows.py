@@ -36,11 +36,11 @@ def make_logits(n: int, vocab: int, device: str, dtype=torch.float32) -> tuple[T
 
 
 def oracle(logits: Tensor, labels: Tensor, dtype: torch.dtype, bias=None, softcap=None, logit_scale=1.0):
-    """logp, entropy and ∂logp/∂logits by the specification, in dtype."""
+    """logp, entropy, is_top1 and ∂logp/∂logits by the specification, in dtype."""
     z = logits.detach().to(dtype).requires_grad_()
     token = naive._token_logp(z if bias is None else z + bias.to(dtype), labels, softcap, logit_scale)
     (grad,) = torch.autograd.grad(token.logp.sum(), z)
-    return token.logp.detach(), token.entropy.detach(), grad
+    return token.logp.detach(), token.entropy.detach(), token.is_top1, grad
 
 
 def check_row_stats(rows, logits, labels, *, grad_dtype=torch.float32, **options) -> None:
@@ -49,7 +49,7 @@ def check_row_stats(rows, logits, labels, *, grad_dtype=torch.float32, **options
     stats = rows.row_stats(logits.clone(), labels, grad_out=grad, **options)
     scale = float(logits[logits.isfinite()].abs().max()) + 1  # what a log-probability is a difference of
     for name, actual, low, exact, size in zip(
-        ("logp", "entropy", "gradient"), (*stats, grad), baseline, truth, (scale, scale, 1.0), strict=True
+        (*stats._fields, "gradient"), (*stats, grad), baseline, truth, (scale, scale, 0.0, 1.0), strict=True
     ):
         assert_as_accurate_as(actual, low, exact, scale=size, name=name)
 
@@ -73,7 +73,7 @@ def test_row_stats_match_the_oracle_with_bias_softcap_and_scale(rows, device, dt
 def test_row_stats_of_equal_logits_are_log_vocab(rows, device):
     stats = rows.row_stats(torch.full((2, 32003), 7.0, device=device), torch.tensor([0, 32002], device=device))
     log_vocab = math.log(32003)
-    for actual, expected in zip(stats, (-log_vocab, log_vocab), strict=True):
+    for actual, expected in zip(stats, (-log_vocab, log_vocab, 1.0), strict=True):
         assert actual.tolist() == pytest.approx([expected] * 2, rel=1e-6)
 
 
@@ -88,7 +88,7 @@ def test_row_stats_do_not_lose_digits_to_an_offset_of_all_logits(rows, device):
 
 def test_row_stats_gradient_may_overwrite_the_logits(rows, device):
     logits, labels = make_logits(5, 97, device)
-    expected = oracle(logits, labels, torch.float64)[2]
+    expected = oracle(logits, labels, torch.float64)[-1]
     rows.row_stats(logits, labels, grad_out=logits)
     torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-6)
 
@@ -107,7 +107,7 @@ def test_row_stats_read_and_write_rows_that_lie_apart(rows, device):
     labels %= 97
     logits, wide_grad = wide[:, 50:147], torch.full_like(wide, 5.0)
     rows.row_stats(logits, labels, grad_out=wide_grad[:, 50:147], overwrite=False)
-    expected = oracle(logits, labels, torch.float64)[2]
+    expected = oracle(logits, labels, torch.float64)[-1]
     torch.testing.assert_close(wide_grad[:, 50:147].double(), expected, rtol=0, atol=1e-6)
     assert (wide_grad[:, :50] == 5).all() and (wide_grad[:, 147:] == 5).all()
 
@@ -118,9 +118,11 @@ def test_row_stats_rows_that_are_not_scored_are_zero_whatever_they_hold(rows, de
     labels[1:3] = -100
     grad = torch.empty_like(logits)
     stats = rows.row_stats(logits.clone(), labels, grad_out=grad)
-    for tensor in (stats.logp, stats.entropy, grad):
+    for tensor in (*stats, grad):
         assert (tensor[1:3] == 0).all()
-    torch.testing.assert_close(grad[0].double(), oracle(logits[:1], labels[:1], torch.float64)[2][0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        grad[0].double(), oracle(logits[:1], labels[:1], torch.float64)[-1][0], rtol=0, atol=1e-6
+    )
 
 
 def test_row_stats_of_huge_logits_are_finite(rows, device):
@@ -148,18 +150,37 @@ def test_row_stats_of_a_row_with_nan_or_inf_are_nan(rows, device, value):
     logits[1, 7] = value
     grad = torch.empty_like(logits)
     stats = rows.row_stats(logits, labels, grad_out=grad)
-    for tensor in (*stats, grad[:, 9]):
+    for tensor in (stats.logp, stats.entropy, grad[:, 9]):
         assert tensor.isnan().tolist() == [False, True, False]
+    labels[1] = 7  # the bad logit itself: no likeliest token
+    assert rows.row_stats(logits, labels).is_top1[1] == 0
 
 
 def test_row_stats_of_a_label_outside_the_vocabulary_are_nan(rows, device):
     logits, _ = make_logits(7, 97, device)
     labels = torch.tensor([0, 97, 98, -1, -99, 2**40, 96], device=device)
-    expected = oracle(logits[::6], labels[::6], torch.float64)[2]
+    expected = oracle(logits[::6], labels[::6], torch.float64)[-1]
     grad = torch.empty_like(logits)
     stats = rows.row_stats(logits, labels, grad_out=grad)
-    assert stats.logp.isnan().tolist() == [False, *[True] * 5, False]
+    assert stats.logp.isnan().tolist() == [False, *[True] * 5, False] and (stats.is_top1[1:6] == 0).all()
     torch.testing.assert_close(grad[::6].double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("vocab", [5, BLOCK_V + 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"logit_scale": -0.3}, {"softcap": 3.0, "logit_scale": 0.7}])
+def test_row_stats_is_top1_is_that_of_the_oracle_with_ties(rows, device, vocab, dtype, options):
+    n = 16
+    logits = torch.randint(-2, 3, (n, vocab), generator=torch.Generator().manual_seed(vocab)).to(device, dtype)
+    labels = torch.randint(vocab, (n,), generator=torch.Generator().manual_seed(1)).to(device)
+    labels[5] = -100
+    logits[0], labels[0] = 0.0, vocab - 1  # all equal: the last is as likely as the first
+    logits[1, vocab - 1], labels[1] = logits[1].max(), vocab - 1
+    head = {**options, "bias": (torch.arange(vocab, device=device) % 3).to(dtype) / 2}
+    for given, grad in ((options, None), (head, torch.empty_like(logits))):
+        expected = oracle(logits, labels, torch.float32, **given)[2]
+        assert torch.equal(rows.row_stats(logits.clone(), labels, grad_out=grad, **given).is_top1, expected)
+        assert expected[5] == 0 and 0 < expected.sum() < n
 
 
 def test_row_stats_gradient_has_no_denormal_numbers():
@@ -214,7 +235,7 @@ def test_row_stats_do_not_lose_digits_over_a_large_vocabulary(rows, device):
     """A plain fp32 sum of 32,000 probabilities is off by 1e-5, in one direction: 0.02 nat over 2,048 tokens."""
     inputs = zipf_inputs([32], 32003, 64, sharpness=2.0, device=device)
     logits, labels = inputs.hidden @ inputs.weight.T, inputs.labels
-    logp, entropy, d_logits = oracle(logits, labels, torch.float64)
+    logp, entropy, _, d_logits = oracle(logits, labels, torch.float64)
     grad = torch.empty_like(logits)
     stats = rows.row_stats(logits.clone(), labels, grad_out=grad)
     assert (stats.logp - logp).abs().max() < 2e-6

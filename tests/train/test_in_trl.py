@@ -30,7 +30,8 @@ def test_score_gives_what_the_function_of_trl_gives(spread, with_bias, head):
     leaves = [hidden, weight, bias][: 2 + with_bias]
     arguments = (hidden, weight, bias if with_bias else None, labels, 1.0, 128, *head, OUTPUTS)
     ours, theirs = _score({}, *arguments), seam._ChunkedLogProbFunction.apply(*arguments)
-    assert ours[2] is theirs[2] is None and torch.equal(ours[4], theirs[4]) and 0 < ours[4].sum() < N
+    top1 = theirs[4] if with_bias or spread else torch.ones_like(theirs[4])  # of tied tokens, TRL takes the first alone
+    assert ours[2] is theirs[2] is None and torch.equal(ours[4], top1) and 0 < theirs[4].sum() < N
     assert torch.allclose(ours[0], theirs[0], atol=2e-6, rtol=1e-6)
     assert torch.allclose(ours[1], theirs[1], atol=1e-5, rtol=1e-6)
     assert ours[3].isnan().all() if head[0] else torch.allclose(ours[3], theirs[3], atol=1e-6)

@@ -109,6 +109,7 @@ def test_train_logs_trl_names_and_leaves_metrics_and_plots(tokenizer, config):
     names = {
         "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
         "logps/rejected", "entropy", "entropy/chosen", "entropy/rejected", "rewards/initial_margins",
+        "mean_token_accuracy",
     }  # fmt: skip
     assert names | {"num_tokens"} <= set(lines[1])
     evaluation = next(line for line in lines if "eval_loss" in line)

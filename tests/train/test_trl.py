@@ -101,6 +101,20 @@ def test_a_mixture_of_experts_takes_the_steps_of_trl(tokenizer, tmp_path):
     assert off.mean() < 1e-4 * trainers[0].args.learning_rate  # measured: 1e-6
 
 
+METRICS = ("mean_token_accuracy", "entropy", "logps/chosen", "logps/rejected", "rewards/margins", "num_tokens")
+
+
+def test_metrics_are_those_of_trl(tokenizer, tmp_path):
+    logs = []
+    for trainer in both(tokenizer, tmp_path, STEPS, loss_type=["sigmoid", "sft"], learning_rate=1e-2):
+        trainer.train()
+        logs.append([line for line in trainer.state.log_history if "loss" in line])
+    for ours, theirs in zip(*logs, strict=True):
+        for name in METRICS:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
+    assert logs[0][0]["mean_token_accuracy"] < 0.1 and logs[0][-1]["mean_token_accuracy"] > 0.2  # it has learnt some
+
+
 CLOCKS = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
 
 
