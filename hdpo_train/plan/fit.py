@@ -17,7 +17,7 @@ from hdpo_train.plan.memory import Memory, MicroBatch
 from hdpo_train.plan.step import Build, by_kind, free_bytes, layout_of, one_process, peak_memory
 
 _SIZE = re.compile(r"([0-9]+\.?[0-9]*(?:e[0-9]+)?) *(?:([KMGT])(i?)B|B?)", re.IGNORECASE)
-_SHORT = 8192  # tokens of a sequence: there, and at twice as many, memory has begun to be linear
+_SHORT = 32768  # tokens of a sequence: there, and at twice as many, memory has become linear
 _MULTIPLE = 128  # the longest length is a multiple of it
 _LIMIT = 2**24  # where memory does not grow
 _NEAR = 0.01  # of the memory or the length: the search ends
