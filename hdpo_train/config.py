@@ -11,7 +11,7 @@ from hdpo_kernels.pair import ALPHA_LEVELS, DIVERGENCES, LOSS_TYPES, PairOptions
 from hdpo_train.alpha import SCHEDULES, Target
 from hdpo_train.inherited import check_options, check_ranges
 from hdpo_train.loss import StepLoss, is_own_loss, load_own_loss
-from hdpo_train.model.loading import in_gguf
+from hdpo_train.model.loading import in_gguf, is_gguf
 from hdpo_train.of_trl import taking_options_of_trl
 from hdpo_train.ranks import as_parallelism_config, check_dataloading
 
@@ -377,6 +377,19 @@ class ScriptArguments:
             "but the head."
         },
     )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "With use_peft: the base model's linear layers, the head excepted, in 4 bits."}
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "The same in 8 bits (LLM.int8)."})
+    bnb_4bit_quant_type: str = field(
+        default="nf4", metadata={"help": "The numbers that 4 bits stand for.", "choices": ["nf4", "fp4"]}
+    )
+    use_bnb_nested_quant: bool = field(
+        default=False, metadata={"help": "With load_in_4bit: quantize the scales too, 0.4 bits fewer for each weight."}
+    )
+    bnb_4bit_quant_storage: str | None = field(
+        default=None, metadata={"help": "With load_in_4bit: dtype of the tensors that hold the bits. Default: uint8."}
+    )
     gguf_file: str | None = field(
         default=None,
         metadata={
@@ -390,7 +403,24 @@ class ScriptArguments:
             value = getattr(self, each.name)
             if each.name.startswith("lora_") and value != each.default and not self.use_peft:
                 raise ValueError(f"{each.name}={value!r} has no effect without use_peft: set that, or leave it out")
+        self._check_quantization()
         if self.gguf_file is not None:
             if self.model_name_or_path is None:
                 raise ValueError(f"gguf_file={self.gguf_file!r} is a file of the model: give model_name_or_path too")
             self.model_name_or_path, self.gguf_file = in_gguf(self.model_name_or_path, self.gguf_file), None
+
+    def _check_quantization(self) -> None:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit are given: a model is loaded in one of the two")
+        for name, default in (
+            ("bnb_4bit_quant_type", "nf4"), ("use_bnb_nested_quant", False), ("bnb_4bit_quant_storage", None),
+        ):  # fmt: skip
+            if (value := getattr(self, name)) != default and not self.load_in_4bit:
+                raise ValueError(f"{name}={value!r} has no effect without load_in_4bit: set that, or leave it out")
+        if not (self.load_in_4bit or self.load_in_8bit):
+            return
+        given = "load_in_4bit" if self.load_in_4bit else "load_in_8bit"
+        if not self.use_peft:
+            raise ValueError(f"{given} rounds the model's weights, which cannot be trained so: set use_peft (QLoRA)")
+        if self.gguf_file is not None or is_gguf(self.model_name_or_path or ""):
+            raise ValueError(f"{given} is not for a GGUF file, whose weights are dequantized: leave out one of the two")

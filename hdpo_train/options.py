@@ -26,6 +26,7 @@ GROUPS = {  # of --help_all; what transformers has beyond these comes last
     "model": (
         "model_name_or_path", "gguf_file", "dtype", "attn_implementation", "trust_remote_code", "model_init_kwargs",
         "disable_dropout", "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
+        "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage",
     ),
     "data": (
         "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "eval_dataset_name",

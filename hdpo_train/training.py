@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import set_seed
+from transformers import BitsAndBytesConfig, set_seed
+from transformers.utils import is_bitsandbytes_available
 
 from hdpo_train.config import HDPOConfig, ScriptArguments
 from hdpo_train.data.tokenize import load_records
@@ -64,6 +65,8 @@ def make_trainer(script: ScriptArguments, args: HDPOConfig) -> HDPOTrainer:
     init_kwargs: dict[str, Any] = {"dtype": script.dtype, **remote_code}
     if script.attn_implementation:
         init_kwargs["attn_implementation"] = script.attn_implementation
+    if (quantization := quantization_config(script, args)) is not None:
+        init_kwargs["quantization_config"] = quantization
     if isinstance(args.model_init_kwargs, dict):
         init_kwargs |= args.model_init_kwargs
         args = copy.copy(args)
@@ -101,6 +104,32 @@ def lora_config(script: ScriptArguments) -> Any:
     """The LoraConfig that the options describe. By default every linear layer gets an adapter."""
     options = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     return import_peft("--use_peft").LoraConfig(**{**options, **_given_lora(script)})
+
+
+def quantization_config(script: ScriptArguments, args: HDPOConfig) -> BitsAndBytesConfig | None:
+    """What the base model is loaded in. Products with 4-bit weights are in the precision of the run.
+
+    Raises ValueError without the package bitsandbytes, or if model_init_kwargs say it too.
+    """
+    if not (script.load_in_4bit or script.load_in_8bit):
+        return None
+    option = "--load_in_4bit" if script.load_in_4bit else "--load_in_8bit"
+    if "quantization_config" in (args.model_init_kwargs or {}):
+        raise ValueError(
+            f"{option} and the quantization_config of --model_init_kwargs are given: leave out one of them"
+        )
+    if not is_bitsandbytes_available():
+        raise ValueError(f"{option} needs the package bitsandbytes: pip install 'hdpo[train,peft,quantization]'")
+    if script.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    of_weights = None if script.dtype == "auto" else script.dtype
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else of_weights,
+        bnb_4bit_quant_type=script.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=script.use_bnb_nested_quant,
+        bnb_4bit_quant_storage=script.bnb_4bit_quant_storage,
+    )
 
 
 def _given_lora(script: ScriptArguments) -> dict[str, Any]:

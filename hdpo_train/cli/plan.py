@@ -41,6 +41,11 @@ def plan(script: ScriptArguments, args: PlanConfig) -> None:
     """Print what a run with these options needs, or how long its pairs may be."""
     if script.model_name_or_path is None:
         raise ValueError("a plan needs --model_name_or_path; of the model only its config is read")
+    if script.load_in_4bit or script.load_in_8bit:
+        raise ValueError(
+            "a plan knows no quantized weights: leave out load_in_4bit and load_in_8bit; with them, the linear layers' "
+            "share of the weights is smaller by that many bits"
+        )
     folder, gguf = where_from(script.model_name_or_path)
     with reading("config", script.model_name_or_path):
         config = AutoConfig.from_pretrained(folder, **gguf, trust_remote_code=script.trust_remote_code)

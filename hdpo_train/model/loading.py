@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import re
 import textwrap
+import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -169,6 +170,7 @@ def make_policy(model: Any, peft_config: Any, *, quiet: bool) -> Any:
     Raises ValueError for an adapter of a kind that cannot be trained here, and for one on top of another.
     """
     policy = _wrapped(model) if _has_adapter(model) else model
+    _compute_as_in_training(policy)
     if quiet:
         disable_dropout(policy)
     if peft_config is not None:
@@ -297,6 +299,25 @@ def _check_saved_adapter(policy: Any) -> None:
                 f"init_lora_weights={config.init_lora_weights!r} of adapter {name!r} changes the base model by random "
                 "numbers, so that the adapter, once saved, would load as another model; use 'pissa', 'olora' or True"
             )
+
+
+def _compute_as_in_training(policy: nn.Module) -> None:
+    """Keep bitsandbytes' layers in training mode, where they are as they are on a GPU in both modes.
+
+    On a CPU they have other kernels for evaluation, which round more, and the reference, which runs in that mode, would
+    be another model than the policy.
+    """
+    for module in policy.modules():
+        if type(module).__module__.startswith("bitsandbytes."):
+            module.train = types.MethodType(_Steady.train, module)  # type: ignore[method-assign]
+            module.train()
+
+
+# Bound to a module as its `train`.
+class _Steady(nn.Module):
+    def train(self, mode: bool = True) -> Any:
+        self.training = True
+        return self
 
 
 def disable_dropout(model: nn.Module) -> None:
