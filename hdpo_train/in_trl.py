@@ -13,10 +13,10 @@ from torch import Tensor
 from hdpo_kernels import linear_logp
 from hdpo_kernels.checks import check_gradient
 from hdpo_kernels.lm_head import HeadOptions
+from hdpo_train.model.head import mean_logits
 
 VERSION = "1.16."  # of TRL: the one whose trainer takes the same steps with and without (tests/train/test_trl.py)
 _HERE = ("log_probs", "entropy", "mean_logits", "is_top1")
-_BLOCK = 256  # rows whose logits the metrics hold at a time
 
 
 @contextmanager
@@ -74,21 +74,13 @@ def _score(
     if hasattr(weight, "ds_id"):
         raise NotImplementedError("ZeRO-3 takes the head's weight away before linear_logp's backward: use FSDP2 or DDP")
     token = linear_logp(hidden, weight, labels, bias=bias, softcap=softcap, logit_scale=logit_scale, **options)
+    means = mean_logits(hidden, weight, bias, logit_scale) if "mean_logits" in outputs else None
+    if means is not None and softcap is not None:
+        means.fill_(torch.nan)  # of logits after a softcap it is not the mean
     return (
         token.logp,
         token.entropy if "entropy" in outputs else None,
         None,
-        _mean_logits(hidden, weight, bias, logit_scale, softcap) if "mean_logits" in outputs else None,
+        means,
         token.is_top1.bool() if "is_top1" in outputs else None,
     )
-
-
-@torch.no_grad()
-def _mean_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None
-) -> Tensor:
-    """Of each row, over the vocabulary: the logit of the mean weight. NaN with a softcap, where that is not so."""
-    mean = weight.mean(0, dtype=torch.float32)
-    logits = torch.cat([(block.float() * mean).sum(1) for block in hidden.split(_BLOCK)])
-    logits = logit_scale * (logits if bias is None else logits + bias.mean(dtype=torch.float32))
-    return logits if softcap is None else torch.full_like(logits, torch.nan)

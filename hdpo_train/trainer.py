@@ -78,8 +78,9 @@ class HDPOTrainer(ResumableTrainer):
     rewards/initial_margins ((α − 1)β(ρ_w − ρ_l): the margin of an untrained policy; both with α_s = 1 + (α − 1) n̄/n_s
     in α's place where alpha_level is "token"), logps/chosen, logps/rejected, entropy, entropy/chosen, entropy/rejected
     (nats per completion token), mean_token_accuracy (share of the chosen completions' tokens that are the policy's
-    likeliest), aux_loss (of the routers of a mixture of experts), num_tokens (of prompt and completion of all sequences
-    so far: the same number whatever the layout).
+    likeliest), logits/chosen, logits/rejected (mean over tokens and vocabulary; missing where a softcap is on them),
+    aux_loss (of the routers of a mixture of experts), num_tokens (of prompt and completion of all sequences so far: the
+    same number whatever the layout).
 
     Raises:
         ValueError: a head that cannot be represented, data that cannot be trained on, options out of range.
@@ -256,7 +257,9 @@ class HDPOTrainer(ResumableTrainer):
         weight = inputs.get("weight", 1.0)  # 0: the pair is a repeat
         copies = 1 if ranks is None else ranks.size  # processes that have this batch
         if self._sums is not None:
-            sums = batch_sums(result, inputs, self.loss.pairs, of_model["pairs"].aux_loss)
+            pairs = of_model["pairs"]
+            logits = None if pairs.logits is None else copies * pairs.logits  # each copy has those of its own tokens
+            sums = batch_sums(result, inputs, self.loss.pairs, pairs.aux_loss, logits)
             self._sums.append(sums * ((weight > 0) / copies))
         loss = result.loss * weight
         if copies > 1:  # each has its part of the gradient, and the engine takes the mean over all processes

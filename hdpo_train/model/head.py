@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hdpo_kernels import linear_hdpo_loss
+from hdpo_kernels import linear_hdpo_loss, sequence_sum
 from hdpo_train.model.loading import backbone_of, evaluating
 from hdpo_train.model.packing import Places, backbone_inputs
 from hdpo_train.model.router import router_loss
 from hdpo_train.model.sequence_ranks import SequenceRanks
+
+_BLOCK = 2**20  # numbers that the mean logits take in fp32 at a time
 
 
 class UnsupportedHead(ValueError):
@@ -58,6 +60,7 @@ class PairBatch:
         self.counts = counts  # (B, R) of how many sequences a token is part
         self.router = router  # the factor of the router's loss, which is added to the other one
         self.aux_loss: Tensor | None = None  # the router's loss, put here by the model's forward if the factor is not 0
+        self.logits: Tensor | None = None  # (2P,) sums of `mean_logits`, put here by the head's unless softcapped
 
 
 def attach_loss(model: PreTrainedModel, transform: HeadTransform | None = None) -> None:
@@ -106,6 +109,9 @@ class _HeadWithLoss(nn.Linear):
             return type(self).forward(self, hidden)
         if hidden.dtype != self.weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(self.weight.dtype)  # a norm in fp32 above a bf16 head
+        if self.transform.softcap is None and pairs.ref_logps is not None:  # the reference's logits are not logged
+            means = mean_logits(hidden, self.weight, self.bias, self.transform.logit_scale)
+            pairs.logits = sequence_sum(means, pairs.cu_seqlens)
         return linear_hdpo_loss(
             hidden,
             self.weight,
@@ -117,6 +123,21 @@ class _HeadWithLoss(nn.Linear):
             logit_scale=self.transform.logit_scale,
             **pairs.loss_kwargs,
         )
+
+
+@torch.no_grad()
+def mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float) -> Tensor:
+    """Mean over the vocabulary of the logits logit_scale · (h Wᵀ + b) of each row, by one read of the weight.
+
+    It is the logit of the mean weight; after a softcap it would not be. hidden (N, H), weight (V, H), bias (V,) ->
+    (N,) fp32.
+    """
+    rows = max(_BLOCK // weight.shape[1], 1)
+    # a CPU sums bf16 in fp32 by a copy of all of it in fp32
+    parts = weight.split(rows) if weight.device.type == "cpu" else (weight,)
+    mean = torch.stack([part.sum(0, dtype=torch.float32) for part in parts]).sum(0) / len(weight)
+    logits = torch.cat([(part.float() * mean).sum(1) for part in hidden.split(rows)])
+    return logit_scale * (logits if bias is None else logits + bias.mean(dtype=torch.float32))
 
 
 def bare(model: nn.Module) -> PreTrainedModel:

@@ -109,7 +109,7 @@ def test_train_logs_trl_names_and_leaves_metrics_and_plots(tokenizer, config):
     names = {
         "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
         "logps/rejected", "entropy", "entropy/chosen", "entropy/rejected", "rewards/initial_margins",
-        "mean_token_accuracy",
+        "mean_token_accuracy", "logits/chosen", "logits/rejected",
     }  # fmt: skip
     assert names | {"num_tokens"} <= set(lines[1])
     evaluation = next(line for line in lines if "eval_loss" in line)
@@ -120,6 +120,13 @@ def test_train_logs_trl_names_and_leaves_metrics_and_plots(tokenizer, config):
     line = lines[1]
     low, high = sorted((line["entropy/chosen"], line["entropy/rejected"]))
     assert 0 < low <= line["entropy"] <= high < torch.tensor(300.0).log()
+
+
+def test_train_logs_no_mean_logits_under_a_softcap(tokenizer, config):
+    args = config(max_steps=1)
+    make_trainer(args, tokenizer, model=make_model("gemma2")).train()
+    line = read_metrics(args.output_dir)[1]
+    assert line["mean_token_accuracy"] >= 0 and not [name for name in line if name.startswith("logits/")]
 
 
 def test_evaluate_weights_pairs_equally_whatever_the_batch_size(tokenizer, config):

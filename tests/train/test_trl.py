@@ -101,7 +101,10 @@ def test_a_mixture_of_experts_takes_the_steps_of_trl(tokenizer, tmp_path):
     assert off.mean() < 1e-4 * trainers[0].args.learning_rate  # measured: 1e-6
 
 
-METRICS = ("mean_token_accuracy", "entropy", "logps/chosen", "logps/rejected", "rewards/margins", "num_tokens")
+METRICS = (
+    "mean_token_accuracy", "logits/chosen", "logits/rejected", "entropy", "logps/chosen", "logps/rejected",
+    "rewards/margins", "num_tokens",
+)  # fmt: skip
 
 
 def test_metrics_are_those_of_trl(tokenizer, tmp_path):

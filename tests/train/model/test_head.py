@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from hdpo_kernels import naive
 from hdpo_train.data.tokenize import PairCollator, tokenize_pairs
-from hdpo_train.model.head import UnsupportedHead, attach_loss, find_transform, model_inputs
+from hdpo_train.model.head import UnsupportedHead, attach_loss, find_transform, mean_logits, model_inputs
 from tests.train.tiny import FAMILIES, make_model, make_records
 
 LOSS = {"alpha": 0.8, "beta": 0.5}
@@ -127,6 +127,19 @@ def test_attach_loss_refuses_an_encoder_decoder():
     model = T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
     with pytest.raises(UnsupportedHead, match="T5ForConditionalGeneration is an encoder-decoder"):
         attach_loss(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_mean_logits_are_the_means_of_the_logits(dtype, with_bias, monkeypatch):
+    monkeypatch.setattr("hdpo_train.model.head._BLOCK", 100)
+    torch.manual_seed(0)
+    hidden, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((9, 24), (97, 24), (97,)))
+    bias = bias if with_bias else None
+    logits = torch.nn.functional.linear(*(None if t is None else t.double() for t in (hidden, weight, bias)))
+    actual = mean_logits(hidden, weight, bias, 0.7)
+    torch.testing.assert_close(actual, (0.7 * logits.mean(1)).float(), rtol=1e-5, atol=1e-6)
+    assert mean_logits(hidden[:0], weight, bias, 0.7).shape == (0,)
 
 
 def test_attach_loss_refuses_an_adapter_on_the_head(model):
