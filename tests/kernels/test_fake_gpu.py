@@ -35,7 +35,8 @@ def test_results_are_fp32_on_the_device_one_for_each_sequence(outcomes, call):
     assert {(t.dtype, t.device) for t in results} == {(torch.float32, device)}
     n, sequences = call.num_rows, len(call.lengths)
     pairs = sequences // 2
-    expected = [(n,)] * 2 if call.function == LOGP else [(), (sequences,), (sequences,), (pairs,), (pairs,), (pairs,)]
+    of_pairs = [(), (sequences,), (sequences,), (pairs,), (pairs,), (pairs,), (sequences,)]
+    expected = [(n,)] * 3 if call.function == LOGP else of_pairs
     assert [t.shape for t in results] == expected
 
 

@@ -178,6 +178,8 @@ def test_row_stats_is_top1_is_that_of_the_oracle_with_ties(rows, device, vocab, 
     logits[1, vocab - 1], labels[1] = logits[1].max(), vocab - 1
     head = {**options, "bias": (torch.arange(vocab, device=device) % 3).to(dtype) / 2}
     for given, grad in ((options, None), (head, torch.empty_like(logits))):
+        seen = given.get("logit_scale", 1.0) * (logits.float() + given.get("bias", 0.0))
+        labels[2:4] = seen[2:4].argmax(1)
         expected = oracle(logits, labels, torch.float32, **given)[2]
         assert torch.equal(rows.row_stats(logits.clone(), labels, grad_out=grad, **given).is_top1, expected)
         assert expected[5] == 0 and 0 < expected.sum() < n
