@@ -9,6 +9,8 @@ first in CONDITIONS are done first, for all seeds; --seeds shares them out among
 
 Held-out answers, and those that pairs are made of, are drawn from the weights rounded to bf16.
 
+The settings were tried on seed 99, which is not reported: DPO and α = 1.4 learn something in the first epoch there.
+
 Not compared: min-p and top-p at equal entropy (the sampler has neither), DPO stopped at equal KL, --target_entropy.
 """
 
