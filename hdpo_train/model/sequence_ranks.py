@@ -24,6 +24,7 @@ from hdpo_train.model.loading import backbone_of, evaluating, varies_beyond
 from hdpo_train.model.packing import Layout, OnHost, Places, backbone_inputs, lay_out
 
 _PAIRS = [(range(3, 10), range(10, 15), range(15, 17)), (range(20, 21), range(21, 22), range(22, 30))]  # of the probe
+Exchange = Callable[[Tensor], Tensor]
 
 
 class SequenceRanks:
@@ -75,8 +76,9 @@ class SequenceRanks:
         if copies > 1:
             key, value = (tensor.repeat_interleave(copies, 1) for tensor in (key, value))
             module = _WithGroups(module, query.shape[1] // key.shape[1])  # type: ignore[assignment]
-        output = function(module, *_ToHeads.apply(self, query, key, value))
-        return _ToTokens.apply(self, output.transpose(1, 2))[0].transpose(1, 2)  # type: ignore[no-untyped-call]
+        output = function(module, *_Permuted.apply(self.to_heads, self.to_tokens, query, key, value))
+        (output,) = _Permuted.apply(self.to_tokens, self.to_heads, output.transpose(1, 2))  # type: ignore[no-untyped-call]
+        return output.transpose(1, 2)
 
     def to_heads(self, tensor: Tensor) -> Tensor:
         """(1, heads, R / size, D) -> (1, heads / size, R, D)"""
@@ -106,30 +108,20 @@ class _WithGroups:
         return getattr(self._module, name)
 
 
-# Both are permutations of numbers over all ranks, so that the gradient of one is the other. Tensors are exchanged in
-# one node of the graph: ranks must not come to different orders in backward.
+class _Permuted(torch.autograd.Function):
+    """Tensors whose numbers are permuted over all ranks by `there`, and their gradients by `back`, its inverse.
 
-
-class _ToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, ranks: SequenceRanks, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.ranks = ranks
-        return tuple(map(ranks.to_heads, tensors))
+    Tensors that are exchanged together are one node of the graph: ranks must not come to different orders in backward.
+    """
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *map(ctx.ranks.to_tokens, grads)
-
-
-class _ToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, ranks: SequenceRanks, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.ranks = ranks
-        return tuple(map(ranks.to_tokens, tensors))
+    def forward(ctx: Any, there: Exchange, back: Exchange, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.back = back
+        return tuple(map(there, tensors))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *map(ctx.ranks.to_heads, grads)
+        return None, None, *map(ctx.back, grads)
 
 
 def check_model(model: PreTrainedModel, layout: Layout, size: int, longest: int) -> None:
