@@ -105,7 +105,7 @@ class HDPOTrainer(ResumableTrainer):
     ) -> None:
         args = HDPOConfig(output_dir="hdpo-output") if args is None else args
         _check_call(args, model, ref_model, train_dataset, eval_dataset, callbacks, trainer_kwargs)
-        args, sp_size = without_sequence_ranks(args)
+        args, self.sp_size = without_sequence_ranks(args)
         name = model if isinstance(model, str) else bare(model).config._name_or_path
         if train_dataset is not None:
             refuse_base_model(str(args.output_dir), [name, *map(_source, (ref_model, processing_class))])
@@ -131,12 +131,12 @@ class HDPOTrainer(ResumableTrainer):
             optimizers=optimizers,
             **trainer_kwargs,
         )
-        self._prepare_processes(sp_size)
+        self._prepare_processes()
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch's pairs, and
         self.loss_is_scaled_for_ga = False  # Trainer divides it by the number of accumulation steps
         self._trained: list[Tensor] = []  # sums of the batches since the last log
         self.loss = args.step_loss()
-        self.router = router_coefficient(bare(policy), args, sp_size)
+        self.router = router_coefficient(bare(policy), args, self.sp_size)
         self._attach_loss(models)
         self.layout = self._find_layout(models, tokenized.longest)
         self.tiled = self._use_tiles(models)
@@ -144,19 +144,19 @@ class HDPOTrainer(ResumableTrainer):
         self._add_reference_logps(policy, reference, new_adapter=peft_config is not None and reference is policy)
         self._add_callbacks()
 
-    def _prepare_processes(self, sp_size: int) -> None:
+    def _prepare_processes(self) -> None:
         """Raises ValueError for several GPUs in one process, and for losses that cannot be split."""
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs in one process would be nn.DataParallel, which cannot split packed pairs: "
                 "start one process per GPU (accelerate launch -m hdpo_train, or torchrun), or set CUDA_VISIBLE_DEVICES"
             )
-        if sp_size > 1 and self.args.step_loss().own is not None:
+        if self.sp_size > 1 and self.args.step_loss().own is not None:
             raise ValueError(
                 f"loss_type {self.args.loss_type} is a function of your own, which gets log-probs of whole sequences: "
-                f"with sp_size={sp_size} use a loss that has a name"
+                f"with sp_size={self.sp_size} use a loss that has a name"
             )
-        self.sequence_ranks = sequence_ranks(sp_size)
+        self.sequence_ranks = sequence_ranks(self.sp_size)
         self.data_ranks = data_ranks(self.accelerator, self.sequence_ranks)
         keep_output_dtype(self.accelerator)
         if self.args.gradient == "sampled" and self.accelerator.num_processes > 1:
@@ -180,7 +180,7 @@ class HDPOTrainer(ResumableTrainer):
             layout = find_layout(bare_models, self.args.packing, self.args.shared_prompt, longest)
             if self.sequence_ranks is not None:
                 for each in bare_models:
-                    check_model(each, layout, self.sequence_ranks.size, longest)
+                    check_model(each, layout, self.sp_size, longest)
                     together(functools.partial(probe, each, layout, self.sequence_ranks))
             return layout
 
@@ -255,7 +255,7 @@ class HDPOTrainer(ResumableTrainer):
         of_model = model_inputs(inputs, self.accelerator.device, self.loss.keywords, ranks, self.router)
         result: HDPOLoss = model(**of_model)
         weight = inputs.get("weight", 1.0)  # 0: the pair is a repeat
-        copies = 1 if ranks is None else ranks.size  # processes that have this batch
+        copies = self.sp_size  # processes that have this batch
         if self._sums is not None:
             pairs = of_model["pairs"]
             logits = None if pairs.logits is None else copies * pairs.logits  # each copy has those of its own tokens
@@ -365,8 +365,7 @@ class HDPOTrainer(ResumableTrainer):
         return self.accelerator.prepare(loader)
 
     def get_total_train_batch_size(self, args: Any) -> int:
-        ranks = self.sequence_ranks
-        return super().get_total_train_batch_size(args) // (1 if ranks is None else ranks.size)
+        return super().get_total_train_batch_size(args) // self.sp_size
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns: Any = ["prompt_ids", "chosen_ids", "rejected_ids", *COLUMNS]
@@ -454,9 +453,9 @@ class HDPOTrainer(ResumableTrainer):
                 )
             return False
         if wanted is None and self.train_dataset is not None:
-            lengths, ranks = pair_lengths(self.train_dataset), self.sequence_ranks  # type: ignore[arg-type]
-            shards = self.accelerator.num_processes if getattr(self.accelerator, "is_fsdp2", False) else 1
-            wanted = wants_tiles(models[0], args, self.layout, lengths, shards, 1 if ranks is None else ranks.size)
+            lengths = pair_lengths(self.train_dataset)  # type: ignore[arg-type]
+            sharded = self.accelerator.num_processes if getattr(self.accelerator, "is_fsdp2", False) else 1
+            wanted = wants_tiles(models[0], args, self.layout, lengths, sharded, self.sp_size)
         if wanted:
             for each in models:
                 if reason := tile_tokens(bare(each), refuse=bool(args.tiled_layers)):
